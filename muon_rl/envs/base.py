@@ -1,0 +1,88 @@
+"""What every environment factory brings: specs, counters, seeds and the state for a resume."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any
+
+from torchrl.envs import EnvBase, RewardSum, StepCounter, TransformedEnv
+
+from muon_rl.specs import Specs
+
+
+class EnvFactory(ABC):
+    """Makes one kind of environment, as often as it is asked for.
+
+    An environment made here has the keys ``observation``, ``action``, ``reward``, ``terminated``,
+    ``truncated``, ``done``, ``step_count`` (agent steps of the episode so far) and
+    ``episode_return`` (sum of its rewards).
+
+    Subclasses implement :meth:`build` and, for a resume that continues mid-episode,
+    :meth:`env_state` and :meth:`load_env_state`.
+
+    Args:
+        action_repeat: frames (control steps of the simulator) that each action is held for, >= 1.
+
+    Raises:
+        ValueError: if ``action_repeat`` is below 1.
+    """
+
+    def __init__(self, action_repeat: int = 1) -> None:
+        if action_repeat < 1:
+            raise ValueError(f"action_repeat must be at least 1, but is {action_repeat}.")
+        self.action_repeat = action_repeat
+
+    @property
+    @abstractmethod
+    def task(self) -> str:
+        """The task's name, for tables and tags: ``cheetah-run``."""
+
+    @abstractmethod
+    def build(self) -> EnvBase:
+        """Make the environment without counters: flat float32 ``observation``, action repeat."""
+
+    def make(self, seed: int | None = None) -> EnvBase:
+        """Make an environment.
+
+        Args:
+            seed: of its first episode and, through it, of all that follow; ``None`` leaves the
+                environment's own.
+        """
+        env = self.build()
+        if not isinstance(env, TransformedEnv):
+            env = TransformedEnv(env)
+        env.append_transform(StepCounter())
+        env.append_transform(RewardSum(["reward"], ["episode_return"]))
+        if seed is not None:
+            env.set_seed(seed)
+        return env
+
+    @cached_property
+    def specs(self) -> Specs:
+        """The specs of observation and action, read once from an environment."""
+        env = self.make()
+        specs = Specs(env.observation_spec["observation"].clone(), env.action_spec.clone())
+        env.close()
+        return specs
+
+    def env_state(self, env: EnvBase) -> dict[str, Any] | None:
+        """Return the state of a running environment as tensors and numbers.
+
+        Args:
+            env: an environment that this factory made.
+
+        Returns:
+            What :meth:`load_env_state` takes, or ``None`` where the simulator cannot tell: a
+            resumed run then begins a new episode.
+        """
+        return None
+
+    def load_env_state(self, env: EnvBase, state: dict[str, Any]) -> None:
+        """Set a running environment to a state that :meth:`env_state` returned.
+
+        Args:
+            env: an environment that this factory made.
+            state: what :meth:`env_state` returned.
+        """
+        raise TypeError(f"{type(self).__name__} cannot set the state of its environment.")

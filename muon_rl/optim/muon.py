@@ -1,0 +1,369 @@
+"""One optimizer for a whole agent: Muon for its matrices, Adam or AdamW for the rest."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from muon_rl.optim.orthogonalize import orthogonalize, resolve_coefficients
+
+ALGORITHMS = ("muon", "adamw", "adam")
+ADJUSTMENTS = ("original", "match_rms_adamw", None)
+NONFINITE = ("propagate", "raise", "skip")
+
+_COMMON = {"params", "param_names", "algorithm", "name", "lr", "initial_lr"}
+_MUON_OPTIONS = _COMMON | {
+    "momentum", "nesterov", "weight_decay", "ns_steps", "coefficients", "eps", "adjust_lr",
+    "dtype", "batch_dims", "splits",
+}  # fmt: skip
+_ADAM_OPTIONS = _COMMON | {"betas", "eps", "weight_decay", "fused", "batch_dims"}
+
+
+class Muon(torch.optim.Optimizer):
+    r"""Muon for matrices and stacks of matrices, with Adam or AdamW for everything else.
+
+    For a matrix with gradient :math:`g`, momentum :math:`\mu` and rate :math:`\gamma`:
+
+    .. math::
+        B \leftarrow \mu B + (1 - \mu) g, \qquad
+        U = (1 - \mu) g + \mu B \;\text{(nesterov) or}\; B, \qquad
+        p \leftarrow (1 - \gamma \lambda) p - \gamma \, r \, \mathrm{NS}(U)
+
+    The momentum is an exponential moving average. :math:`\mathrm{NS}` is
+    :func:`~muon_rl.optim.orthogonalize`, so the rate is the spectral norm of an update, times
+    :math:`r`: :math:`\sqrt{\max(1, m/n)}` (``"original"``),
+    :math:`0.2 \sqrt{\max(m, n)}` (``"match_rms_adamw"``) or 1 (``None``).
+
+    Args:
+        params: parameters, named parameters, or groups (dicts) of them. A group may carry
+
+            - ``algorithm``: ``"muon"`` (default), ``"adamw"`` or ``"adam"``;
+            - ``name``: shown in messages and logs;
+            - ``batch_dims``: leading dims that stack matrices, default 0; one number, or one a
+              parameter. What is left must be a matrix ``(m, n)`` or a convolution kernel
+              ``(out, in, *k)``, flattened to ``(out, in * k)``;
+            - ``splits``: equal parts along the rows that are matrices of their own (3 for a fused
+              query, key, value), default 1; one number, or one a parameter;
+            - Muon groups: every argument below;
+            - Adam groups: torch's ``lr`` (1e-3), ``betas`` (0.9, 0.999), ``eps`` (1e-8),
+              ``weight_decay`` (0.01 for ``adamw``, 0 for ``adam``) and ``fused``. They never
+              inherit Muon's values given below.
+        lr: Muon's rate, spectral norm per update, >= 0.
+        momentum: share of the old average kept, in [0, 1).
+        nesterov: whether the update looks one step ahead.
+        weight_decay: decoupled decay, per update and unit of rate, >= 0.
+        ns_steps: Newton-Schulz iterations, >= 1.
+        coefficients: ``"quintic"``, ``"cubic"``, ``"polar_express"``, a triple, or a list of them.
+        eps: smallest Frobenius norm that is scaled up to 1.
+        adjust_lr: ``"original"``, ``"match_rms_adamw"`` or ``None``.
+        dtype: of the iteration; ``None`` takes bfloat16 where the device computes it natively.
+        on_nonfinite: with an infinite or NaN gradient, ``"propagate"`` it (no check, no sync),
+            ``"raise"`` before anything changes, or ``"skip"`` the whole step and count it in
+            ``skipped_steps``.
+        capturable: whether Adam groups keep their step counts on the device, for CUDA graphs.
+
+    Raises:
+        ValueError: at construction, for an unknown option or value, a parameter that is no matrix
+            in a Muon group, or no parameter at all.
+        TypeError: for complex parameters.
+        RuntimeError: in ``step``, for sparse gradients.
+        FloatingPointError: in ``step``, for a non-finite gradient if ``on_nonfinite="raise"``.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        >>> optimizer = Muon([
+        ...     {"params": [net[0].weight], "lr": 0.02},
+        ...     {"params": [net[0].bias, *net[2].parameters()], "algorithm": "adamw", "lr": 3e-4},
+        ... ])
+        >>> net(torch.ones(2, 4)).pow(2).mean().backward()
+        >>> optimizer.step()
+
+    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks";
+    Liu et al. 2025, arXiv:2502.16982 (``match_rms_adamw``).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        ns_steps: int = 5,
+        coefficients: str | Sequence = "quintic",
+        eps: float = 1e-7,
+        adjust_lr: str | None = "original",
+        dtype: torch.dtype | None = None,
+        *,
+        on_nonfinite: str = "propagate",
+        capturable: bool = False,
+    ) -> None:
+        if on_nonfinite not in NONFINITE:
+            raise ValueError(f"on_nonfinite must be one of {NONFINITE}, but is {on_nonfinite!r}.")
+        self.on_nonfinite = on_nonfinite
+        self.capturable = capturable
+        self.skipped_steps = 0
+        # No `betas` here: schedulers and monitors would take betas[0] for Muon's momentum.
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "nesterov": nesterov,
+                "weight_decay": weight_decay,
+                "ns_steps": ns_steps,
+                "coefficients": coefficients,
+                "eps": eps,
+                "adjust_lr": adjust_lr,
+                "dtype": dtype,
+            },
+        )
+        # Single groups may be empty (a sharded optimizer hands some out), but not all of them.
+        if not any(group["params"] for group in self.param_groups):
+            raise ValueError("Muon got no parameters in any of its groups.")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking its options and shapes.
+
+        Args:
+            param_group: a dict with ``params`` and the options named in the class's docstring.
+
+        Raises:
+            ValueError: for an unknown option or value, or a parameter that is no matrix.
+            TypeError: for complex parameters.
+        """
+        group = dict(param_group)
+        algorithm = group.setdefault("algorithm", "muon")
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm must be one of {ALGORITHMS}, but is {algorithm!r}.")
+        group.setdefault("name", f"group{len(self.param_groups)}")
+        allowed = _MUON_OPTIONS if algorithm == "muon" else _ADAM_OPTIONS
+        if unknown := sorted(set(group) - allowed):
+            raise ValueError(
+                f"Unknown option(s) {', '.join(unknown)} in {algorithm} group {group['name']!r}; "
+                f"allowed: {', '.join(sorted(allowed - _COMMON | {'lr', 'name'}))}."
+            )
+        if algorithm == "muon":
+            group.setdefault("batch_dims", 0)
+            group.setdefault("splits", 1)
+        else:
+            group.setdefault("lr", 1e-3)
+            group.setdefault("betas", (0.9, 0.999))
+            group.setdefault("eps", 1e-8)
+            group.setdefault("weight_decay", 0.01 if algorithm == "adamw" else 0.0)
+            group.setdefault("fused", None)
+
+        defaults = self.defaults
+        if algorithm != "muon":
+            # torch fills a group up from the defaults: Muon's own have no place in an Adam group.
+            self.defaults = {}
+        try:
+            super().add_param_group(group)
+        finally:
+            self.defaults = defaults
+        added = self.param_groups.pop()
+        _check_group(added)
+        self.param_groups.append(added)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient; ``grad is None`` leaves it as it is.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's result, or ``None`` without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.on_nonfinite != "propagate" and not self._gradients_are_finite():
+            return loss
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if p.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"Muon takes dense gradients only, but {_name_of(group, p)!r} has a "
+                        f"{p.grad.layout} one."
+                    )
+            if params and group["algorithm"] == "muon":
+                self._muon(group, params)
+            elif params:
+                self._adam(group, params)
+        return loss
+
+    def _muon(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads = [p.grad for p in params]
+        buffers = []
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p.grad)
+            buffers.append(state["momentum_buffer"])
+        momentum, lr = group["momentum"], group["lr"]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        updates = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
+
+        # Matrices of one shape, dtype and device are orthogonalized as one stack.
+        stacks: dict[tuple, list[int]] = defaultdict(list)
+        views = []
+        shapes = dict(zip(group["params"], _matrix_shapes(group), strict=True))
+        for index, (p, update) in enumerate(zip(params, updates, strict=True)):
+            views.append(update.reshape(-1, *shapes[p]))
+            stacks[(*shapes[p], update.dtype, update.device)].append(index)
+        if group["weight_decay"] != 0:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        for (rows, columns, *_), members in stacks.items():
+            stack = torch.cat([views[i] for i in members])
+            polar = orthogonalize(
+                stack,
+                group["ns_steps"],
+                group["coefficients"],
+                eps=group["eps"],
+                dtype=group["dtype"],
+            )
+            rate = lr * _rate_ratio(group["adjust_lr"], rows, columns)
+            parts = polar.split([views[i].shape[0] for i in members])
+            for i, part in zip(members, parts, strict=True):
+                update = part.reshape(params[i].shape)
+                if isinstance(rate, Tensor):
+                    params[i].sub_(update * rate)
+                else:
+                    params[i].add_(update, alpha=-rate)
+
+    def _adam(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        on_device = self.capturable or bool(group["fused"])
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), device=p.device if on_device else "cpu")
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        states = [self.state[p] for p in params]
+        beta1, beta2 = group["betas"]
+        adam(
+            params,
+            [p.grad for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=group["fused"],
+            capturable=self.capturable,
+            decoupled_weight_decay=group["algorithm"] == "adamw",
+            amsgrad=False,
+            maximize=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+        )
+
+    def _gradients_are_finite(self) -> bool:
+        """Check all gradients with one sync; raise or count what ``on_nonfinite`` asks for."""
+        owners = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if not owners:
+            return True
+        # Not a norm: that of large finite gradients overflows.
+        largest = torch._foreach_norm([p.grad for _, p in owners], ord=torch.inf)
+        finite = torch.isfinite(torch.stack([x.to(largest[0].device) for x in largest]))
+        if bool(finite.all()):
+            return True
+        if self.on_nonfinite == "raise":
+            group, p = owners[int((~finite).nonzero()[0])]
+            raise FloatingPointError(
+                f"The gradient of {_name_of(group, p)!r} (group {group['name']!r}) is not finite; "
+                "no parameter was changed. Try a lower rate (Muon: 0.01 or less), a momentum of "
+                "0.9 or clipping by norm, or look for a NaN in the loss's inputs."
+            )
+        self.skipped_steps += 1
+        return False
+
+
+def _per_parameter(group: dict[str, Any], option: str) -> list[int]:
+    """Return an option's value for each parameter of a group."""
+    value = group[option]
+    return list(value) if isinstance(value, Sequence) else [value] * len(group["params"])
+
+
+def _matrix_shapes(group: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return the shape of the matrices that each parameter of a Muon group holds."""
+    shapes = []
+    options = (_per_parameter(group, "batch_dims"), _per_parameter(group, "splits"))
+    for p, batch_dims, splits in zip(group["params"], *options, strict=True):
+        rows, *rest = p.shape[batch_dims:]
+        shapes.append((rows // splits, math.prod(rest)))
+    return shapes
+
+
+def _rate_ratio(adjust_lr: str | None, rows: int, columns: int) -> float:
+    """Return the factor on the rate of a ``(rows, columns)`` matrix."""
+    if adjust_lr == "original":
+        return math.sqrt(max(1.0, rows / columns))
+    if adjust_lr == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return 1.0
+
+
+def _name_of(group: dict[str, Any], parameter: Tensor) -> str:
+    """Return a parameter's name for messages: its own if given, else its place in the group."""
+    index = next(i for i, p in enumerate(group["params"]) if p is parameter)
+    return group["param_names"][index] if "param_names" in group else f"{group['name']}[{index}]"
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Raise if a group holds a value or a parameter that its algorithm cannot take."""
+    where = f"group {group['name']!r}"
+    if not 0.0 <= float(group["lr"]):
+        raise ValueError(f"lr must be at least 0, but is {group['lr']} in {where}.")
+    if not 0.0 <= group["weight_decay"]:
+        raise ValueError(
+            f"weight_decay must be at least 0, but is {group['weight_decay']} in {where}."
+        )
+    if not 0.0 <= group["eps"]:
+        raise ValueError(f"eps must be at least 0, but is {group['eps']} in {where}.")
+    for p in group["params"]:
+        if p.is_complex():
+            raise TypeError(f"Muon takes real parameters only, but {_name_of(group, p)!r} is not.")
+
+    if group["algorithm"] != "muon":
+        betas = group["betas"]
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), but are {betas} in {where}.")
+        return
+
+    if not 0.0 <= group["momentum"] < 1.0:
+        raise ValueError(f"momentum must be in [0, 1), but is {group['momentum']} in {where}.")
+    if group["adjust_lr"] not in ADJUSTMENTS:
+        raise ValueError(
+            f"adjust_lr must be one of {ADJUSTMENTS}, but is {group['adjust_lr']!r} in {where}."
+        )
+    resolve_coefficients(group["coefficients"], group["ns_steps"])
+    for option in ("batch_dims", "splits"):
+        if len(_per_parameter(group, option)) != len(group["params"]):
+            raise ValueError(f"{option} must be one number, or one a parameter, in {where}.")
+    options = (_per_parameter(group, "batch_dims"), _per_parameter(group, "splits"))
+    for p, batch_dims, splits in zip(group["params"], *options, strict=True):
+        if p.ndim - batch_dims < 2:
+            raise ValueError(
+                f"Muon needs matrices, but {_name_of(group, p)!r} has shape {tuple(p.shape)} with "
+                f"batch_dims={batch_dims}, leaving {max(0, p.ndim - batch_dims)} matrix axes. "
+                "Put it in an AdamW group."
+            )
+        if splits < 1 or p.shape[batch_dims] % splits:
+            raise ValueError(
+                f"{_name_of(group, p)!r} has {p.shape[batch_dims]} rows, which do not fall into "
+                f"splits={splits} equal parts."
+            )
