@@ -2,11 +2,12 @@
 
 Every program trains SAC on dm_control's cheetah-run on one CPU thread (two hidden layers of 256
 units, batches of 256, one update per environment step, action repeat 1), each in its own virtual
-environment and from its own unedited source. A run is timed between two calls of dm_control's
-``Environment.step``, counted the same way inside every process by a launcher, so imports, random
-steps and the first updates are left out and no program's log is relied on. The programs take
-turns, a different one first in each round, so that a slow spell of the machine hits all of them.
-CPU time per step stands beside the wall-clock rate: they part where the machine was busy.
+environment and from its own unedited source. A launcher counts the calls of dm_control's
+``Environment.step`` in the same way inside every process and reads the clocks at two of them, the
+first 1000 steps after the first update: imports, random steps and the first updates are left out,
+and no program's log is relied on. The programs take turns, a different one first in each round,
+so that a slow spell of the machine hits all of them. CPU time per step stands beside the
+wall-clock rate: they part where the machine was busy.
 
 The window is a multiple of 1000 steps because TorchRL's script collects 1000 steps and then makes
 1000 updates; between two such boundaries every program has made equally many of both.
@@ -18,13 +19,14 @@ import argparse
 import csv
 import json
 import os
-import platform
+import re
 import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -33,52 +35,44 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-SUMMARY = (__doc__ or "").partition("\n")[0]
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks/results/sac_throughput.csv"
 PACKAGES = ("torch", "numpy", "mujoco", "dm_control")  # the same versions everywhere
 BLOCK = 1000  # steps that TorchRL's script collects before it updates
-RANDOM_STEPS = BLOCK
-WARM_UP = RANDOM_STEPS + BLOCK
 ENDLESS = 1_000_000  # steps to ask for: every program is stopped at the end of its window
 TIME_LIMIT = 1800.0  # seconds for one run
-
 CLEANRL_COMMIT = "fe8d8a03c41a7ef5b523e2e354bd01c363e786bb"
 TORCHRL_COMMIT = "6e18e35b2c68be1a56afebfb0676d217925114cd"
 SETUP = f"""\
-layout of --peer-dir DIR (torch goes first, as a CPU build; every program has the same versions):
+layout of --peer-dir DIR (torch goes first, as a CPU build; common packages are of one version):
 
   for peer in cleanrl torchrl; do
       python -m venv DIR/$peer/venv
-      DIR/$peer/venv/bin/pip install torch==2.13.0
-      DIR/$peer/venv/bin/pip install numpy==2.4.6 mujoco==3.17.0 dm_control==1.0.50
+      DIR/$peer/venv/bin/pip install torch==2.13.0 numpy==2.4.6
+      DIR/$peer/venv/bin/pip install mujoco==3.17.0 dm_control==1.0.50
   done
   git clone https://github.com/vwxyzjn/cleanrl DIR/cleanrl/source
   git -C DIR/cleanrl/source checkout {CLEANRL_COMMIT}
-  DIR/cleanrl/venv/bin/pip install torch==2.13.0 gymnasium==0.29.1 shimmy==1.3.0 \\
-      'imageio<3' h5py tyro==1.0.17 tensorboard==2.21.0
+  DIR/cleanrl/venv/bin/pip install gymnasium==0.29.1 shimmy==1.3.0 'imageio<3' h5py \\
+      tyro==1.0.17 tensorboard==2.21.0
   git clone https://github.com/pytorch/rl DIR/torchrl/source
   git -C DIR/torchrl/source checkout {TORCHRL_COMMIT}
-  DIR/torchrl/venv/bin/pip install torch==2.13.0 torchrl==0.14.1 tensordict==0.14.3 \\
-      'hydra-core>=1.3,<1.4' tqdm
-
-This package is measured in the virtual environment that runs the benchmark.
+  DIR/torchrl/venv/bin/pip install torchrl==0.14.1 tensordict==0.14.3 'hydra-core<1.4' tqdm
+  (this package is measured in the virtual environment that runs the benchmark)
 """
-
 OUR_ARGUMENTS = (
-    "fit --config=sac_cheetah --env.init_args.action_repeat=1"
+    "fit --config sac_cheetah --env.init_args.action_repeat=1"
     " --model.optimizer.actor.case=adam --model.optimizer.critic.case=adam"
-    f" --data.total_frames={ENDLESS} --data.init_random_frames={RANDOM_STEPS}"
+    f" --data.total_frames={ENDLESS} --data.init_random_frames={BLOCK}"
     f" --data.eval_every={ENDLESS} --matmul_precision={{precision}}"
 )
 CLEANRL_ARGUMENTS = (
-    f"--env-id=flat/cheetah-run-v0 --learning-starts={RANDOM_STEPS}"
-    f" --total-timesteps={ENDLESS} --no-cuda"
+    f"--env-id=flat/cheetah-run-v0 --learning-starts={BLOCK} --total-timesteps={ENDLESS} --no-cuda"
 )
 # One environment, as the others have: it then steps in the script's own process.
 TORCHRL_ARGUMENTS = (
     "env.library=dm_control env.name=cheetah env.task=run collector.env_per_collector=1"
-    f" collector.frames_per_batch={BLOCK} collector.init_random_frames={RANDOM_STEPS}"
+    f" collector.frames_per_batch={BLOCK} collector.init_random_frames={BLOCK}"
     f" collector.total_frames={ENDLESS} collector.device=cpu network.device=cpu"
     f" logger.backend= logger.eval_iter={ENDLESS}"
 )
@@ -97,7 +91,7 @@ class Program:
 
     def command(self, steps: int, precision: str, result: Path) -> list[str]:
         """This file as the launcher, in the program's interpreter, then the program itself."""
-        launcher = [__file__, "launch", self.name, precision, str(WARM_UP + steps), str(result)]
+        launcher = [__file__, "launch", self.name, precision, str(steps), str(result)]
         own_arguments = self.arguments.format(precision=precision).split()
         return [str(self.python), *launcher, str(self.script), *own_arguments]
 
@@ -109,9 +103,8 @@ class Program:
 
     def check(self) -> None:
         """Stop with a clear message where the program is not installed as it should be."""
-        for path in (self.python, self.script):
-            if not path.exists():
-                raise SystemExit(f"{self.name}: {path} is missing; --help shows the layout")
+        if not (self.python.exists() and self.script.exists()):
+            raise SystemExit(f"{self.name}: no {self.python} or {self.script}; see --help")
         if self.commit not in (None, commit_of(self.source)):
             raise SystemExit(f"{self.name}: {self.source} is not at commit {self.commit}")
 
@@ -129,17 +122,21 @@ def known_programs(peers: Path) -> dict[str, Program]:
     return {program.name: program for program in programs}
 
 
-def launch(name: str, precision: str, stop: str, result: str, *command: str) -> None:
+def launch(name: str, precision: str, steps: str, result: str, *command: str) -> None:
     """In the measured process: prepare it, then run the script as its interpreter would."""
+    import torch
+
+    os.setsid()  # so that the end of the window ends any helpers of the program with it
     script = Path(command[0])
     sys.argv = list(command)
     sys.path[0] = str(script.parent)
     if name == "cleanrl":
         sys.path.insert(1, str(script.parents[1]))  # its cleanrl_utils is not installed
         register_flat_cheetah()
-    if name != "ours":
-        fix_matmul_precision(precision)
-    install_clock(int(stop), Path(result))
+    if name != "ours":  # TorchRL's script would set "high" for itself as it starts
+        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision = lambda precision: None
+    install_clock(int(steps), Path(result))
     runpy.run_path(str(script), run_name="__main__")
 
 
@@ -147,56 +144,47 @@ def register_flat_cheetah() -> None:
     """Give CleanRL's SAC the flat dm_control observation that its PPO script makes for itself."""
     import gymnasium
 
-    def make() -> Any:
+    def make(**_: object) -> Any:
         return gymnasium.wrappers.FlattenObservation(gymnasium.make("dm_control/cheetah-run-v0"))
 
     # The inner make has added the checking wrappers already.
-    unchecked = {"disable_env_checker": True, "order_enforce": False}
-    gymnasium.register("flat/cheetah-run-v0", entry_point=make, **unchecked)
+    gymnasium.register("flat/cheetah-run-v0", make, disable_env_checker=True, order_enforce=False)
 
 
-def fix_matmul_precision(precision: str) -> None:
-    """Set the precision and keep it: TorchRL's script sets its own ("high") when it starts."""
-    import torch
-
-    torch.set_float32_matmul_precision(precision)
-    torch.set_float32_matmul_precision = lambda precision: None
-
-
-def install_clock(stop: int, result: Path) -> None:
+def install_clock(steps: int, result: Path) -> None:
     """Read the clocks at the window's two ends; at the second, write the result and exit."""
     import torch
     from dm_control.rl.control import Environment
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     environment_step = Environment.step
-    steps = updates = 0
+    counts = Counter(steps=0, updates=0)
     begun = (0.0, 0.0, 0)
 
-    def count_update(*_: object) -> None:
-        nonlocal updates
-        updates += 1
+    def clocks() -> tuple[float, float, int]:
+        return time.perf_counter(), time.process_time(), counts["updates"]
 
     def clocked_step(self: Any, action: Any) -> Any:
-        nonlocal steps, begun
+        nonlocal begun
         timestep = environment_step(self, action)
-        steps += 1
-        if steps == WARM_UP:
-            begun = (time.perf_counter(), time.process_time(), updates)
-        elif steps == stop:
+        counts["steps"] += counts["updates"] > 0
+        if counts["steps"] == BLOCK:
+            begun = clocks()
+        elif counts["steps"] == BLOCK + steps:
+            wall, cpu, made = (end - start for start, end in zip(begun, clocks(), strict=True))
             measured = {
-                "wall": time.perf_counter() - begun[0],
-                "cpu": time.process_time() - begun[1],
-                "updates": updates - begun[2],
+                "steps_per_second": round(steps / wall, 2),
+                "cpu_seconds_per_step": round(cpu / steps, 6),
+                "optimizer_steps_per_step": round(made / steps, 2),
                 "threads": torch.get_num_threads(),
                 "precision": torch.get_float32_matmul_precision(),
-                "versions": {package: metadata.version(package) for package in PACKAGES},
+                **{package: metadata.version(package) for package in PACKAGES},
             }
             result.write_text(json.dumps(measured))
-            os._exit(0)  # nobody wants the rest of the training, nor its clean-up
+            os.killpg(0, signal.SIGKILL)  # the rest of the training is not wanted
         return timestep
 
-    register_optimizer_step_post_hook(count_update)
+    register_optimizer_step_post_hook(lambda *_: counts.update(updates=1))
     Environment.step = clocked_step
 
 
@@ -205,55 +193,46 @@ def measure(program: Program, steps: int, precision: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         result, log = Path(name, "result.json"), Path(name, "output.log")
         command, environment = program.command(steps, precision, result), program.environment()
-        with log.open("wb") as output:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-            process = subprocess.Popen(
-                command, cwd=name, env=environment, start_new_session=True, **streams
-            )
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(TIME_LIMIT)
-            with suppress(ProcessLookupError):  # raised where the run left nothing behind
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with log.open("wb") as output, suppress(subprocess.TimeoutExpired):
+            streams: Any = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+            subprocess.run(command, cwd=name, env=environment, timeout=TIME_LIMIT, **streams)
         if not result.exists():
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-            raise SystemExit(f"{tail}\n{program.name} ended with status {process.returncode}")
+            raise SystemExit(f"{tail}\n\n{program.name} ended without a result")
         measured: dict[str, Any] = json.loads(result.read_text())
-    if (measured["threads"], measured["precision"]) != (1, precision):
+    conditions = (measured["threads"], measured["precision"])
+    if conditions != (1, precision) or measured["optimizer_steps_per_step"] < 1:
         raise SystemExit(f"{program.name} did not keep to the conditions: {measured}")
-    if measured["updates"] < steps:
-        raise SystemExit(f"{program.name}: {measured['updates']} updates in {steps} steps")
     return measured
 
 
-def commit_of(directory: Path) -> str:
-    """The commit that a checkout is at."""
-    command = ["git", "-C", str(directory), "rev-parse", "HEAD"]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    return finished.stdout.strip() if finished.returncode == 0 else "unknown"
+def commit_of(checkout: Path) -> str:
+    """The commit of a checkout, marked where files differ from it other than the results."""
+    git = ["git", "-C", str(checkout)]
+    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    edited = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
+    return head + "-edited" * bool(subprocess.call(edited))
 
 
 def cpu_model() -> str:
     """The processor's name, from the kernel where it tells."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    found = re.search("model name.*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return f"{found[1] if found else 'unknown CPU'}, {os.cpu_count()} cores"
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to the CSV file, with a header where the file is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if is_new:
+        if file.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
 
 
 def print_summary(rows: dict[str, list[dict[str, Any]]]) -> None:
-    """Medians of every program, and how many times faster this package is than each peer."""
+    """Medians of every program; ours by each peer's, and the median of the rounds' ratios."""
     rates = {name: [row["steps_per_second"] for row in own] for name, own in rows.items()}
     print(f"\n{'program':10}{'steps/s':>9}{'min':>8}{'max':>8}{'CPU ms/step':>13}   ours / it")
     for name, own in rates.items():
@@ -261,8 +240,7 @@ def print_summary(rows: dict[str, list[dict[str, Any]]]) -> None:
         line = f"{name:10}{median(own):9.1f}{min(own):8.1f}{max(own):8.1f}{cpu:13.2f}"
         if name != "ours" and "ours" in rates:
             paired = median(mine / its for mine, its in zip(rates["ours"], own, strict=True))
-            ratio = median(rates["ours"]) / median(own)
-            line += f"   {ratio:.2f} (median of the rounds' ratios: {paired:.2f})"
+            line += f"   {median(rates['ours']) / median(own):.2f}, by round {paired:.2f}"
         print(line)
 
 
@@ -270,10 +248,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Read and check the command line."""
     names = list(known_programs(Path()))
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=SUMMARY, epilog=SETUP, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=SETUP, formatter_class=layout)
     parser.add_argument("--peer-dir", type=Path, default=Path("peers"), help="see below")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3000, help=f"a multiple of {BLOCK}")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=3 * BLOCK, help="default: %(default)s")
     parser.add_argument("--precision", choices=("highest", "high", "medium"), default="highest")
     parser.add_argument("--only", default=",".join(names), help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file to append to")
@@ -281,46 +259,36 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.only = options.only.split(",")
     if not set(options.only) <= set(names):
         parser.error(f"--only takes names out of {', '.join(names)}")
-    if options.steps < BLOCK or options.steps % BLOCK or options.rounds < 1:
-        parser.error(f"--steps must be a multiple of {BLOCK}, and --rounds at least 1")
+    if options.rounds < 1 or options.steps < 1 or options.steps % BLOCK:
+        parser.error(f"--rounds must be at least 1, and --steps a multiple of {BLOCK}")
     return options
 
 
 def main() -> None:
     """Measure the chosen programs in turn, writing each row as its run finishes."""
     options = parse(sys.argv[1:])
-    known = known_programs(options.peer_dir.absolute())
-    programs = [known[name] for name in options.only]
+    programs = [known_programs(options.peer_dir.absolute())[name] for name in options.only]
     for program in programs:
         program.check()
         print(f"{program.name} at commit {commit_of(program.source)}")
-    print(f"{datetime.now(timezone.utc):%Y-%m-%d}, {cpu_model()}, {options.precision} precision\n")
+    print(f"{datetime.now(timezone.utc):%Y-%m-%d}, {cpu_model()}, {options.precision} precision")
     rows: dict[str, list[dict[str, Any]]] = {program.name: [] for program in programs}
-    for index in range(options.rounds):
-        shift = index % len(programs)
-        for program in programs[shift:] + programs[:shift]:
-            measured = measure(program, options.steps, options.precision)
+    for number in range(1, options.rounds + 1):
+        for program in programs:
             conditions = {
                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "our_commit": commit_of(REPOSITORY),
                 "cpu": cpu_model(),
-                "precision": options.precision,
-                "program_commit": commit_of(program.source),
-                **measured["versions"],
-            }
-            rates = {
                 "program": program.name,
-                "round": index + 1,
+                "program_commit": commit_of(program.source),
+                "round": number,
                 "steps": options.steps,
-                "steps_per_second": round(options.steps / measured["wall"], 2),
-                "cpu_seconds_per_step": round(measured["cpu"] / options.steps, 6),
-                "optimizer_steps_per_step": round(measured["updates"] / options.steps, 2),
             }
-            rows[program.name].append(rates)
-            append_row(options.output, {**conditions, **rates})
-            if index == 0:
-                print(program.name, measured["versions"])
-            print(*(f"{key}={value}" for key, value in rates.items()), flush=True)
+            measured = measure(program, options.steps, options.precision)
+            print(f"round {number}, {program.name}: {measured}", flush=True)
+            append_row(options.output, {**conditions, **measured})
+            rows[program.name].append(measured)
+        programs.append(programs.pop(0))
     print_summary(rows)
 
 

@@ -147,7 +147,7 @@ def build_optimizer(
     }
     roles = {network: members for network, members in roles.items() if members}
     if "alpha" in roles:
-        networks = {"alpha": OptimizerConfig(case="adam"), **networks}
+        networks = {**networks, "alpha": networks.get("alpha", OptimizerConfig(case="adam"))}
     if unknown := sorted(set(networks) - set(roles)):
         raise ValueError(
             f"No trainable network named {', '.join(unknown)} in {type(loss).__name__}; "
@@ -159,9 +159,9 @@ def build_optimizer(
             f"{type(loss).__name__}: pass one for each."
         )
     groups: list[dict[str, Any]] = []
-    for network, members in roles.items():
-        config = OptimizerConfig.parse(networks[network], network=network)
-        groups += _groups(network, config, members, parameters)
+    for network, given in networks.items():
+        config = OptimizerConfig.parse(given, network=network)
+        groups += _groups(network, config, roles[network], parameters)
     return Muon(groups, on_nonfinite=on_nonfinite)
 
 

@@ -326,13 +326,13 @@ def _name_of(group: dict[str, Any], parameter: Tensor) -> str:
 def _check_group(group: dict[str, Any]) -> None:
     """Raise if a group holds a value or a parameter that its algorithm cannot take."""
     where = f"group {group['name']!r}"
-    if not 0.0 <= float(group["lr"]):
+    if not float(group["lr"]) >= 0.0:
         raise ValueError(f"lr must be at least 0, but is {group['lr']} in {where}.")
-    if not 0.0 <= group["weight_decay"]:
+    if not group["weight_decay"] >= 0.0:
         raise ValueError(
             f"weight_decay must be at least 0, but is {group['weight_decay']} in {where}."
         )
-    if not 0.0 <= group["eps"]:
+    if not group["eps"] >= 0.0:
         raise ValueError(f"eps must be at least 0, but is {group['eps']} in {where}.")
     for p in group["params"]:
         if p.is_complex():

@@ -1,0 +1,72 @@
+"""The best and the last checkpoint of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class Checkpoints(ModelCheckpoint):
+    """Keeps ``best.ckpt`` and ``last.ckpt`` of a run.
+
+    The last one is saved after each evaluation, at the end, and when the run is stopped or breaks.
+
+    Args:
+        folder: under which runs are kept, each in ``<method_name>/seed_<seed>/<run>``.
+        monitor: the evaluation metric that the best checkpoint is chosen by.
+        mode: whether the best is the max or the min.
+        enabled: whether to save at all.
+    """
+
+    def __init__(
+        self,
+        folder: str = "checkpoints",
+        monitor: str = "eval/return",
+        mode: str = "max",
+        enabled: bool = True,
+    ) -> None:
+        super().__init__(
+            filename="best",
+            monitor=monitor,
+            mode=mode,
+            save_top_k=1 if enabled else 0,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        self.folder = folder
+        self.enabled = enabled
+        self._saved_at: tuple[int, int] | None = None
+
+    @property
+    def last_path(self) -> Path:
+        """Where the last checkpoint is saved."""
+        return Path(self.dirpath or self.folder) / "last.ckpt"
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the best checkpoint if it is one, and the last in any case."""
+        super().on_validation_end(trainer, pl_module)
+        # Lightning would save a last checkpoint only beside a better one.
+        self._save_last(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the last checkpoint."""
+        self._save_last(trainer)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Save the last checkpoint, unless a second Ctrl-C asks for no delay."""
+        if not isinstance(exception, KeyboardInterrupt):
+            self._save_last(trainer)
+
+    def _save_last(self, trainer: L.Trainer) -> None:
+        fitting = trainer.state.fn == "fit"
+        frames: Any = getattr(trainer.datamodule, "frames", 0)
+        now = (trainer.global_step, frames)
+        if self.enabled and fitting and self._saved_at != now and frames > 0:
+            trainer.save_checkpoint(self.last_path)
+            self.last_model_path = str(self.last_path)
+            self._saved_at = now

@@ -1,0 +1,49 @@
+"""The parser of a recipe: fixed top-level keys, errors of one line."""
+
+from __future__ import annotations
+
+from typing import Literal, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from muon_rl.callbacks import Checkpoints
+from muon_rl.cli.errors import ConfigError, explain
+from muon_rl.envs import EnvFactory
+
+MatmulPrecision = Literal["highest", "high", "medium"]
+
+
+class RecipeParser(LightningArgumentParser):
+    """Lightning's parser with the keys of a recipe."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Raise what was wrong, told in a line or two.
+
+        Args:
+            message: jsonargparse's, which may nest several.
+            ex: the exception behind it.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(explain(message))
+
+    def add_recipe_arguments(self) -> None:
+        """Add the keys beside ``data``, ``model`` and ``trainer``, and the links between them."""
+        self.add_subclass_arguments(EnvFactory, "env", help="Makes the environments.")
+        self.add_lightning_class_args(Checkpoints, "checkpoint")
+        self.add_argument(
+            "--method_name",
+            type=str | None,
+            help="Name of the method: it names the run and its checkpoint folder. Left out, it is "
+            "made of the model's class and the task.",
+        )
+        self.add_argument(
+            "--matmul_precision",
+            type=MatmulPrecision,
+            default="highest",
+            help="torch.set_float32_matmul_precision: on some processors a lower one doubles the "
+            "speed of matrix products.",
+        )
+        self.link_arguments("env", "data.init_args.env", apply_on="instantiate")
+        self.link_arguments("env", "model.init_args.env", apply_on="instantiate")

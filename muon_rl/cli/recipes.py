@@ -1,0 +1,49 @@
+"""The recipes that are shipped: their pages, their files and what each is for."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+
+FOLDER = Path(importlib.import_module("muon_rl.recipes").__file__).parent
+
+
+def import_pages() -> None:
+    """Import every recipe's page, so that a config may name its classes without a path."""
+    for page in pkgutil.iter_modules([str(FOLDER)]):
+        importlib.import_module(f"muon_rl.recipes.{page.name}")
+
+
+def shipped() -> dict[str, Path]:
+    """Return the shipped recipes' names and files."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def find(name: str) -> str:
+    """Return a shipped recipe's path for its name, and anything else as it is.
+
+    Args:
+        name: what was given as ``--config``; an existing file goes before a shipped recipe.
+    """
+    if Path(name).is_file():
+        return name
+    return str(shipped().get(name.removesuffix(".yaml"), name))
+
+
+def main(arguments: list[str]) -> None:
+    """Print the shipped recipes, a sentence each.
+
+    Args:
+        arguments: of the command line.
+    """
+    if unknown := [word for word in arguments[1:] if word not in ("-h", "--help")]:
+        sys.stderr.write(f"muon-rl recipes takes no arguments, but got {' '.join(unknown)}.\n")
+        raise SystemExit(2)
+    recipes = shipped()
+    width = max(map(len, recipes))
+    for name, path in recipes.items():
+        first = path.read_text().splitlines()[0]
+        sys.stdout.write(f"{name:<{width}}  {first.lstrip('# ')}\n")
+    sys.stdout.write("\nmuon-rl fit --config NAME runs one; its file is in " + str(FOLDER) + ".\n")

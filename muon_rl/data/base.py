@@ -1,0 +1,253 @@
+"""What every way of feeding an agent shares: collector, frame count, evaluation, exact resume."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors import BaseCollector
+from torchrl.envs import EnvBase
+
+from muon_rl.data import random_state
+from muon_rl.data.evaluation import EvaluationEpisodes
+from muon_rl.envs import EnvFactory
+
+
+class AgentData(L.LightningDataModule, ABC):
+    """Collects with the agent's own policy and serves the batches that train it.
+
+    One epoch is the whole run: a sized stream of batches, each used for one update. The stream is
+    a function of two counters, ``frames`` and ``updates``, so a resumed run goes on where it was.
+
+    Subclasses implement :meth:`make_collector` on a recipe's page, and :attr:`total_updates`,
+    :attr:`is_up_to_date` and :meth:`batches` for a kind of data (replay, rollouts, sequences).
+    What they hold beyond that goes in :meth:`contents` and :meth:`load_contents`.
+
+    Args:
+        env: makes the training and the evaluation environment.
+        total_frames: control steps of the simulator after which training ends, >= 1.
+        eval_every: frames between two evaluations, >= 1; another one ends the run.
+        eval_episodes: episodes of an evaluation, >= 1.
+        eval_seed: seed of an evaluation's first episode, the same in every evaluation and run.
+        save_buffer: whether checkpoints hold the collected data, without which a resumed run
+            starts with an empty buffer.
+
+    Raises:
+        ValueError: if a number is below its bound.
+    """
+
+    def __init__(
+        self,
+        env: EnvFactory,
+        *,
+        total_frames: int,
+        eval_every: int = 10_000,
+        eval_episodes: int = 10,
+        eval_seed: int = 0,
+        save_buffer: bool = True,
+    ) -> None:
+        super().__init__()
+        require_positive(
+            total_frames=total_frames, eval_every=eval_every, eval_episodes=eval_episodes
+        )
+        self.env = env
+        self.total_frames = total_frames
+        self.eval_every = eval_every
+        self.eval_episodes = eval_episodes
+        self.eval_seed = eval_seed
+        self.save_buffer = save_buffer
+        self.frames = 0
+        self.updates = 0
+        self.evaluated_frames = 0
+        self._episode_metrics: dict[str, float] = {}
+        self.collector: BaseCollector | None = None
+        self._rollouts: Iterator[TensorDictBase] = iter(())
+        self._random_state: dict[str, Any] | None = None
+
+    # -- what a recipe and a kind of data bring ------------------------------------------------
+
+    @abstractmethod
+    def make_collector(self, env: EnvBase, policy: TensorDictModuleBase) -> BaseCollector:
+        """Return the collector of training data, without a bound on its frames.
+
+        Args:
+            env: a training environment, seeded.
+            policy: the agent's own; it shares its parameters with the loss.
+        """
+
+    @property
+    @abstractmethod
+    def total_updates(self) -> int:
+        """Number of updates of the whole run."""
+
+    @property
+    @abstractmethod
+    def is_up_to_date(self) -> bool:
+        """Whether all updates that the frames so far allow have been made."""
+
+    @abstractmethod
+    def batches(self) -> Iterator[TensorDictBase]:
+        """Collect as the counters demand and yield the batches that are left.
+
+        Each yield is one update; implementations add 1 to ``updates`` before it.
+        """
+
+    def contents(self) -> dict[str, Any]:
+        """Return what a kind of data holds, as tensors and numbers."""
+        return {}
+
+    def load_contents(self, contents: dict[str, Any]) -> None:
+        """Take back what :meth:`contents` returned.
+
+        Args:
+            contents: of the same kind of data, with the same fields.
+        """
+
+    # -- training ------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Make the collector, before Lightning restores its state."""
+        if stage != "fit":
+            return
+        # From the global seed, so that equal seeds see equal episodes, and each rank its own.
+        seed = int(torch.randint(2**31 - 1, ())) + self.trainer.global_rank
+        env = self.env.make(seed=seed)
+        self.collector = self.make_collector(env, self.trainer.lightning_module.policy)
+        self._rollouts = iter(self.collector)
+
+    def collect(self) -> TensorDictBase:
+        """Return the next batch of training data and count its frames.
+
+        Raises:
+            SIGTERMException: if the run was asked to stop.
+        """
+        if self.trainer.received_sigterm:
+            raise SIGTERMException
+        rollout = next(self._rollouts)
+        self.frames += rollout.numel() * self.env.action_repeat
+        done = rollout["next", "done"]
+        if done.any():
+            ended = rollout["next"][done.squeeze(-1)]
+            length = ended["step_count"].float().mean() * self.env.action_repeat
+            self._episode_metrics = {
+                "train/episode_return": ended["episode_return"].mean().item(),
+                "train/episode_length": length.item(),
+            }
+        return rollout
+
+    def take_episode_metrics(self) -> dict[str, float]:
+        """Return return and length (frames) of the last ended training episode, once."""
+        metrics, self._episode_metrics = self._episode_metrics, {}
+        return metrics
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether an evaluation stands due at the frames so far."""
+        if self.updates >= self.total_updates:
+            return True
+        passed = self.frames // self.eval_every > self.evaluated_frames // self.eval_every
+        return passed and self.is_up_to_date
+
+    def train_dataloader(self) -> Stream:
+        """Return the stream of the batches that are left."""
+        return Stream(self)
+
+    def val_dataloader(self) -> EvaluationEpisodes:
+        """Return the episodes of one evaluation, played anew at each iteration."""
+        return EvaluationEpisodes(
+            self.env,
+            self.trainer.lightning_module.policy,
+            episodes=self.eval_episodes,
+            seed=self.eval_seed,
+        )
+
+    def teardown(self, stage: str) -> None:
+        """Close the collector and its environment."""
+        if self.collector is not None:
+            self.collector.shutdown()
+            self.collector = None
+
+    # -- resume --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counters, contents, the running episode and the random states."""
+        state: dict[str, Any] = {
+            "frames": self.frames,
+            "updates": self.updates,
+            "evaluated_frames": self.evaluated_frames,
+        }
+        if self.collector is not None:
+            collector = self.collector.state_dict()
+            # The agent's own state holds the policy.
+            collector.pop("policy_state_dict", None)
+            # The collector leaves out the running episode (torchrl 0.14): its environment's state,
+            # and the carrier, on which the next step is taken.
+            carrier = self.collector._carrier.to_dict(retain_none=False)
+            state |= {
+                "collector": dict(collector),
+                "carrier": carrier,
+                "env": self.env.env_state(self.collector.env),
+                "random": random_state.get(),
+            }
+        if self.save_buffer:
+            state["contents"] = self.contents()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned.
+
+        Args:
+            state_dict: of the same data module with the same environment.
+        """
+        self.frames = state_dict["frames"]
+        self.updates = state_dict["updates"]
+        self.evaluated_frames = state_dict["evaluated_frames"]
+        if self.collector is None:  # validation only
+            return
+        self.collector.load_state_dict(state_dict["collector"], strict=False)
+        if state_dict["env"] is not None:
+            self.env.load_env_state(self.collector.env, state_dict["env"])
+            carrier = TensorDict.from_dict(state_dict["carrier"], auto_batch_size=False)
+            self.collector._carrier.update(carrier)
+        if "contents" in state_dict:
+            self.load_contents(state_dict["contents"])
+        # Set when the stream starts: what lies between may still draw random numbers.
+        self._random_state = state_dict["random"]
+
+    def restore_random_state(self) -> None:
+        """Set the random states that a checkpoint brought, once."""
+        if self._random_state is not None:
+            random_state.set(self._random_state)
+            self._random_state = None
+
+
+class Stream:
+    """The batches of a run that are left, with a length: Lightning then fetches none ahead.
+
+    Args:
+        data: whose batches they are.
+    """
+
+    def __init__(self, data: AgentData) -> None:
+        self.data = data
+        self._length = max(0, data.total_updates - data.updates)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        self.data.restore_random_state()
+        return self.data.batches()
+
+
+def require_positive(**numbers: float) -> None:
+    """Raise ``ValueError`` for the first number below 1, naming it."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"data.{name} must be at least 1, but is {number}.")

@@ -1,0 +1,157 @@
+"""Off-policy data: random warm-up, a replay buffer, a fixed number of updates a step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import ReplayBuffer
+
+from muon_rl.data.base import AgentData, require_positive
+from muon_rl.envs import EnvFactory
+
+
+class ReplayData(AgentData):
+    """Collects a little, then serves samples of everything collected so far.
+
+    Args:
+        env: makes the training and the evaluation environment.
+        total_frames: control steps of the simulator after which training ends.
+        init_random_frames: frames of uniformly random actions before the first update; they must
+            fill at least one batch.
+        batch_size: transitions of a sample.
+        buffer_size: transitions that the buffer holds; then the oldest are overwritten.
+        updates_per_step: updates for each agent step, a fraction or a number above 1 too.
+        steps_per_collection: agent steps collected at a time; the updates they allow follow.
+        eval_every: frames between two evaluations; another one ends the run.
+        eval_episodes: episodes of an evaluation.
+        eval_seed: seed of an evaluation's first episode.
+        save_buffer: whether checkpoints hold the buffer.
+
+    Raises:
+        ValueError: if a number is out of its range, or the warm-up is smaller than a batch.
+    """
+
+    def __init__(
+        self,
+        env: EnvFactory,
+        *,
+        total_frames: int,
+        init_random_frames: int = 10_000,
+        batch_size: int = 256,
+        buffer_size: int = 1_000_000,
+        updates_per_step: float = 1.0,
+        steps_per_collection: int = 1,
+        eval_every: int = 10_000,
+        eval_episodes: int = 10,
+        eval_seed: int = 0,
+        save_buffer: bool = True,
+    ) -> None:
+        super().__init__(
+            env,
+            total_frames=total_frames,
+            eval_every=eval_every,
+            eval_episodes=eval_episodes,
+            eval_seed=eval_seed,
+            save_buffer=save_buffer,
+        )
+        require_positive(
+            batch_size=batch_size,
+            buffer_size=buffer_size,
+            steps_per_collection=steps_per_collection,
+        )
+        if updates_per_step <= 0:
+            raise ValueError(f"data.updates_per_step must be above 0, but is {updates_per_step}.")
+        self.init_random_frames = init_random_frames
+        self.batch_size = batch_size
+        self.buffer_size = buffer_size
+        self.updates_per_step = updates_per_step
+        self.steps_per_collection = steps_per_collection
+        self.buffer: ReplayBuffer | None = None
+        if batch_size > min(self.init_random_steps, buffer_size):
+            raise ValueError(
+                f"data.batch_size is {batch_size}, but data.init_random_frames={init_random_frames} "
+                f"gives only {self.init_random_steps} transitions before the first update (action "
+                f"repeat {env.action_repeat}) and the buffer holds {buffer_size}: raise those or "
+                "lower the batch size."
+            )
+        if init_random_frames >= total_frames:
+            raise ValueError(
+                f"data.init_random_frames={init_random_frames} leaves nothing of "
+                f"data.total_frames={total_frames} for training."
+            )
+
+    @abstractmethod
+    def make_buffer(self) -> ReplayBuffer:
+        """Return an empty replay buffer that samples ``batch_size`` transitions."""
+
+    @property
+    def init_random_steps(self) -> int:
+        """Agent steps of the warm-up, a whole number of collections."""
+        return self._whole_collections(self.init_random_frames)
+
+    @property
+    def total_updates(self) -> int:
+        """Number of updates of the whole run."""
+        return self._updates_after(self._whole_collections(self.total_frames))
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether all updates that the frames so far allow have been made."""
+        return self.updates >= self._updates_after(self.frames // self.env.action_repeat)
+
+    def setup(self, stage: str) -> None:
+        """Make the collector and the buffer."""
+        super().setup(stage)
+        if stage == "fit":
+            self.buffer = self.make_buffer()
+
+    def batches(self) -> Iterator[TensorDictBase]:
+        """Yield samples, collecting whenever the frames so far allow no further update."""
+        loss = self.trainer.lightning_module.loss
+        while self.updates < self.total_updates:
+            while self.is_up_to_date:
+                rollout = self.collect()
+                # Only what the loss reads: during the warm-up the policy has written nothing.
+                self.buffer.extend(rollout.select(*loss.in_keys).reshape(-1))
+            if self.updates == 0:
+                self.evaluated_frames = self.frames  # nothing is trained yet to be evaluated
+            batch = self.buffer.sample()
+            self.updates += 1
+            yield batch
+
+    def contents(self) -> dict[str, Any]:
+        """Return the transitions and the places of writer and sampler."""
+        if self.buffer is None or len(self.buffer) == 0:
+            return {}
+        # Not the buffer's own state_dict: that is as large as its capacity, filled or not.
+        return {
+            "transitions": self.buffer[:].to_dict(retain_none=False),
+            "writer": dict(self.buffer.writer.state_dict()),
+            "sampler": dict(self.buffer.sampler.state_dict()),
+        }
+
+    def load_contents(self, contents: dict[str, Any]) -> None:
+        """Take back transitions, each to its old place, and the places of writer and sampler."""
+        if not contents:
+            return
+        transitions = TensorDict.from_dict(contents["transitions"], batch_dims=1)
+        if len(transitions) > self.buffer_size:
+            raise ValueError(
+                f"The checkpoint holds {len(transitions)} transitions, but data.buffer_size is "
+                f"{self.buffer_size}: raise it to at least as many."
+            )
+        self.buffer.extend(transitions)
+        self.buffer.writer.load_state_dict(contents["writer"])
+        self.buffer.sampler.load_state_dict(contents["sampler"])
+
+    def _whole_collections(self, frames: int) -> int:
+        """Return the agent steps of the fewest collections that make so many frames."""
+        frames_per_collection = self.steps_per_collection * self.env.action_repeat
+        return -(-frames // frames_per_collection) * self.steps_per_collection
+
+    def _updates_after(self, steps: int) -> int:
+        """Return the updates that so many agent steps allow."""
+        return max(0, int((steps - self.init_random_steps) * self.updates_per_step))

@@ -1,0 +1,132 @@
+"""MLflow as a Lightning logger that keeps one point a metric and frame, and a run's true status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from mlflow.entities import Metric, Param
+
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+
+
+class MLflow(MLFlowLogger):
+    """Tracks runs in MLflow: by default in ``mlflow.db`` in the working folder.
+
+    Metrics are written in the background. A resumed run goes on in the same MLflow run, in which
+    every metric has at most one value a frame.
+
+    Args:
+        experiment_name: under which runs are listed; left out, it is the task's name.
+        run_name: shown for the run; left out, it is the method's name and the seed.
+        tracking_uri: of the tracking store; left out, ``MLFLOW_TRACKING_URI`` or sqlite here.
+        run_id: of a run to go on with.
+        tags: further tags of the run.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str | None = None,
+        run_name: str | None = None,
+        tracking_uri: str | None = None,
+        run_id: str | None = None,
+        tags: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            experiment_name=experiment_name or "",
+            run_name=run_name,
+            tracking_uri=tracking_uri
+            or os.environ.get("MLFLOW_TRACKING_URI")
+            or DEFAULT_TRACKING_URI,
+            run_id=run_id,
+            tags=tags,
+        )
+        self._pending: list[Any] = []
+        self._last_frame: dict[str, int] = {}
+
+    @property
+    def tracking_uri(self) -> str:
+        """Of the store that the run is in."""
+        return self._tracking_uri
+
+    def describe(self, *, experiment_name: str, run_name: str, tags: Mapping[str, str]) -> None:
+        """Name a run that is not begun yet, where the user has not.
+
+        Args:
+            experiment_name: if none was given.
+            run_name: if none was given.
+            tags: of the run; the user's own stand.
+        """
+        self._experiment_name = self._experiment_name or experiment_name
+        self._run_name = self._run_name or run_name
+        self.tags = {**tags, **(self.tags or {})}
+
+    def resume(self, run_id: str) -> None:
+        """Go on with a run: mark it as running and note up to which frame it has each metric.
+
+        Args:
+            run_id: of a run in this store.
+        """
+        self._run_id = run_id
+        client = self.experiment
+        client.update_run(run_id, status="RUNNING")
+        for name in client.get_run(run_id).data.metrics:
+            history = client.get_metric_history(run_id, name)
+            self._last_frame[name] = max(point.step for point in history)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Queue metrics, leaving out those that the run already has at this frame.
+
+        Args:
+            metrics: names and values.
+            step: frames.
+        """
+        step = step or 0
+        # What lies between a checkpoint and a crash is trained again by a resumed run.
+        new = {name: v for name, v in metrics.items() if step > self._last_frame.get(name, -1)}
+        if new:
+            now = int(time.time() * 1000)
+            points = [Metric(name, float(v), now, step) for name, v in new.items()]
+            self._pending.append(
+                self.experiment.log_batch(self.run_id, metrics=points, synchronous=False)
+            )
+            self._last_frame.update(dict.fromkeys(new, step))
+        if len(self._pending) > 100:
+            self._wait()
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Log flat parameters; those that the run already has stay as they are.
+
+        Args:
+            params: names and values; a resumed run may have other values, which MLflow refuses.
+        """
+        known = self.experiment.get_run(self.run_id).data.params
+        new = [Param(name, str(v)[:6000]) for name, v in params.items() if name not in known]
+        for start in range(0, len(new), 100):  # MLflow takes 100 at a time
+            self.experiment.log_batch(self.run_id, params=new[start : start + 100])
+
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        """Write what is queued and set the run's status: FINISHED, FAILED or KILLED.
+
+        Args:
+            status: Lightning's; it says "failed" for a run that was stopped, too.
+        """
+        if not self._initialized:
+            return
+        self._wait()
+        stopped = isinstance(sys.exc_info()[1], (SIGTERMException, KeyboardInterrupt))
+        super().finalize("KILLED" if status == "failed" and stopped else status)
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, []
+        for operation in pending:
+            operation.wait()

@@ -1,0 +1,98 @@
+"""Soft actor-critic: environment -> collector -> buffer -> loss -> optimizer, on one page.
+
+Source: Haarnoja et al. 2018, arXiv:1812.05905; the loss is TorchRL's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors import BaseCollector, Collector
+from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
+from torchrl.envs import EnvBase
+from torchrl.objectives import SACLoss, SoftUpdate
+
+from muon_rl.agent import Agent
+from muon_rl.data import ReplayData
+from muon_rl.envs import EnvFactory
+from muon_rl.modules import QCritic, TanhNormalActor
+from muon_rl.optim import OptimizerConfig
+from muon_rl.specs import Specs
+
+
+class SACData(ReplayData):
+    """One environment, a uniform replay buffer."""
+
+    def make_collector(self, env: EnvBase, policy: TensorDictModuleBase) -> BaseCollector:
+        """Return a collector that acts at random first and with the policy after that."""
+        return Collector(
+            env,
+            policy,
+            frames_per_batch=self.steps_per_collection,
+            total_frames=-1,
+            init_random_frames=self.init_random_steps,
+            track_traj_ids=False,
+            auto_register_policy_transforms=False,  # the policy is not recurrent
+        )
+
+    def make_buffer(self) -> ReplayBuffer:
+        """Return the buffer of single transitions, sampled uniformly."""
+        return TensorDictReplayBuffer(
+            storage=LazyTensorStorage(self.buffer_size), batch_size=self.batch_size
+        )
+
+
+@dataclass
+class SACOptimizers:
+    """The optimizer of each of SAC's networks.
+
+    Args:
+        actor: of the policy.
+        critic: of all Q-networks.
+        alpha: of the entropy coefficient.
+    """
+
+    actor: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic: OptimizerConfig = field(default_factory=OptimizerConfig)
+    alpha: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(case="adam"))
+
+
+class SAC(Agent):
+    """Soft actor-critic with a learned entropy coefficient and stacked critics.
+
+    Args:
+        env: gives the networks their sizes.
+        actor: makes the policy from the environment's specs.
+        critic: makes one Q-network from the environment's specs.
+        optimizer: of actor, critic and alpha.
+        num_critics: Q-networks; their minimum is the target.
+        gamma: discount per agent step, in [0, 1].
+        tau: share of the online critics that moves into the targets at each update, in (0, 1].
+        max_grad_norm: bound on the norm of all gradients together; null for none.
+    """
+
+    def __init__(
+        self,
+        env: EnvFactory,
+        actor: Callable[[Specs], TanhNormalActor] = TanhNormalActor,
+        critic: Callable[[Specs], QCritic] = QCritic,
+        optimizer: SACOptimizers = SACOptimizers(),  # noqa: B008
+        num_critics: int = 2,
+        gamma: float = 0.99,
+        tau: float = 0.005,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        policy = actor(env.specs)
+        # A list, because from a single critic TorchRL would draw new weights for the others.
+        loss = SACLoss(policy, [critic(env.specs) for _ in range(num_critics)])
+        loss.make_value_estimator(gamma=gamma)
+        _ = loss.target_entropy  # makes the lazy buffer, which a checkpoint must find
+        super().__init__(
+            loss=loss,
+            policy=policy,
+            optimizer=vars(optimizer),
+            targets=[SoftUpdate(loss, tau=tau)],
+            max_grad_norm=max_grad_norm,
+        )
