@@ -130,7 +130,7 @@ class Agent(L.LightningModule):
         end = episode["next"][..., -1]
         frames = end["step_count"].float().mean() * self.trainer.datamodule.env.action_repeat
         metrics = {"eval/return": end["episode_return"].mean(), "eval/length": frames}
-        if "score" in end.keys():
+        if end.get("score", None) is not None:
             metrics["eval/score"] = end["score"].float().mean()
         self._episodes.append({name: value.item() for name, value in metrics.items()})
 

@@ -115,13 +115,12 @@ def _keys(cls: type, seen: set[type]) -> Iterator[tuple[str, tuple[str, ...]]]:
     yield cls.__name__, tuple(names)
     if cls is L.Trainer:
         return
-    for hint in typing.get_type_hints(
-        cls if dataclasses.is_dataclass(cls) else cls.__init__
-    ).values():
+    typed = cls if dataclasses.is_dataclass(cls) else cls.__init__
+    for hint in typing.get_type_hints(typed).values():
         for part in (hint, *typing.get_args(hint)):
-            if inspect.isclass(part) and part.__module__.startswith("muon_rl"):
-                if not issubclass(part, EnvFactory):
-                    yield from _keys(part, seen)
+            ours = inspect.isclass(part) and part.__module__.startswith("muon_rl")
+            if ours and not issubclass(part, EnvFactory):
+                yield from _keys(part, seen)
 
 
 def _subclasses(base: type) -> Iterator[Any]:

@@ -72,8 +72,8 @@ class ReplayData(AgentData):
         self.buffer: ReplayBuffer | None = None
         if batch_size > min(self.init_random_steps, buffer_size):
             raise ValueError(
-                f"data.batch_size is {batch_size}, but data.init_random_frames={init_random_frames} "
-                f"gives only {self.init_random_steps} transitions before the first update (action "
+                f"data.batch_size is {batch_size}, but data.init_random_frames="
+                f"{init_random_frames} gives only {self.init_random_steps} transitions before the first update (action "
                 f"repeat {env.action_repeat}) and the buffer holds {buffer_size}: raise those or "
                 "lower the batch size."
             )

@@ -276,8 +276,11 @@ class Muon(torch.optim.Optimizer):
         owners = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not owners:
             return True
-        # Not a norm: that of large finite gradients overflows.
-        largest = torch._foreach_norm([p.grad for _, p in owners], ord=torch.inf)
+        grads = [p.grad for _, p in owners]
+        if bool(torch.isfinite(torch.nn.utils.get_total_norm(grads))):
+            return True
+        # The norm of large finite gradients overflows: only their largest entries can tell.
+        largest = torch._foreach_norm(grads, ord=torch.inf)
         finite = torch.isfinite(torch.stack([x.to(largest[0].device) for x in largest]))
         if bool(finite.all()):
             return True

@@ -99,7 +99,7 @@ def _leaves(module: nn.Module) -> Iterator[_Leaf]:
 
 
 def network_of(attribute: str) -> str:
-    """Return a network's name in a config: ``actor_network`` -> actor, ``qvalue_network`` -> critic.
+    """Return a network's name in a config: ``qvalue_network`` -> ``critic``.
 
     Args:
         attribute: the name under which a module or a TorchRL loss holds the network.
