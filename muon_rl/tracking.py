@@ -6,11 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from filelock import FileLock
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
@@ -38,17 +41,25 @@ class MLflow(MLFlowLogger):
         run_id: str | None = None,
         tags: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(
-            experiment_name=experiment_name or "",
-            run_name=run_name,
-            tracking_uri=tracking_uri
-            or os.environ.get("MLFLOW_TRACKING_URI")
-            or DEFAULT_TRACKING_URI,
-            run_id=run_id,
-            tags=tags,
-        )
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+        with _one_process_at_a_time(uri):
+            super().__init__(
+                experiment_name=experiment_name or "",
+                run_name=run_name,
+                tracking_uri=uri,
+                run_id=run_id,
+                tags=tags,
+            )
         self._pending: list[Any] = []
         self._last_frame: dict[str, int] = {}
+
+    @property
+    def experiment(self) -> MlflowClient:
+        """The MLflow client, with the run begun."""
+        if self._initialized:
+            return self._mlflow_client
+        with _one_process_at_a_time(self._tracking_uri):
+            return super().experiment
 
     @property
     def tracking_uri(self) -> str:
@@ -130,3 +141,10 @@ class MLflow(MLFlowLogger):
         pending, self._pending = self._pending, []
         for operation in pending:
             operation.wait()
+
+
+def _one_process_at_a_time(tracking_uri: str) -> AbstractContextManager:
+    """Return a lock on a sqlite store: runs that start together would each make its tables."""
+    if not tracking_uri.startswith("sqlite:///"):
+        return nullcontext()
+    return FileLock(tracking_uri.removeprefix("sqlite:///") + ".lock")

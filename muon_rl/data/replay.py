@@ -73,8 +73,8 @@ class ReplayData(AgentData):
         if batch_size > min(self.init_random_steps, buffer_size):
             raise ValueError(
                 f"data.batch_size is {batch_size}, but data.init_random_frames="
-                f"{init_random_frames} gives only {self.init_random_steps} transitions before the first update (action "
-                f"repeat {env.action_repeat}) and the buffer holds {buffer_size}: raise those or "
+                f"{init_random_frames} gives only {self.init_random_steps} transitions before the "
+                f"first update (action repeat {env.action_repeat}) and the buffer holds {buffer_size}: raise those or "
                 "lower the batch size."
             )
         if init_random_frames >= total_frames:
