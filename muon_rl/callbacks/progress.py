@@ -29,16 +29,19 @@ class FramesProgressBar(TQDMProgressBar):
             mininterval=0.5 if sys.stdout.isatty() else 30.0,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n:,}/{total:,} frames "
             "[{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-            total=1,
+            total=self.trainer.datamodule.total_frames,
         )
 
     def init_validation_tqdm(self) -> Tqdm:
         """Return no bar: an evaluation leaves a line instead."""
         return Tqdm(disable=True)
 
+    def get_metrics(self, *_: Any) -> dict[str, Any]:
+        """Return nothing: the evaluation alone writes the postfix."""
+        return {}
+
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Set the bar's end."""
-        self.train_progress_bar.reset(total=trainer.datamodule.total_frames)
+        """Leave the bar as it was made: the one epoch is the run."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -59,9 +62,14 @@ class FramesProgressBar(TQDMProgressBar):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the postfix as the last evaluation set it."""
 
+    def on_validation_batch_start(self, *_: Any) -> None:
+        """Leave the hidden bar of an evaluation alone."""
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Leave the hidden bar of an evaluation alone."""
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the evaluation's line and show its return in the bar."""
-        super().on_validation_end(trainer, pl_module)
         if trainer.state.fn != "fit" or self.is_disabled:
             return
         metrics = {

@@ -32,6 +32,10 @@ examples:
 """
 
 
+class ConfigError(Exception):
+    """A mistake in what was asked for, told in a line or two."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line.
 
@@ -53,4 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.stderr.write(f"muon-rl: unknown command {command!r}; {hint}\n")
         raise SystemExit(2)
     module, function = COMMANDS[command][0].split(":")
-    getattr(importlib.import_module(module), function)(arguments)
+    try:
+        getattr(importlib.import_module(module), function)(arguments)
+    except ConfigError as error:
+        sys.stderr.write(f"muon-rl: {error}\n")
+        raise SystemExit(2) from None

@@ -6,14 +6,16 @@ import dataclasses
 import difflib
 import inspect
 import re
+import traceback
 import typing
 from collections.abc import Iterator
-from typing import Any
 
 import lightning as L
 
+from muon_rl import modules
 from muon_rl.agent import Agent
 from muon_rl.callbacks import Checkpoints
+from muon_rl.cli.parts import concrete_subclasses, own_parts
 from muon_rl.data import AgentData
 from muon_rl.envs import EnvFactory
 
@@ -21,18 +23,21 @@ TOP = (
     "env", "data", "model", "trainer", "checkpoint", "method_name", "seed_everything",
     "ckpt_path", "matmul_precision", "config",
 )  # fmt: skip
+SUBCOMMANDS = ("fit", "validate")
 
 _UNKNOWN = re.compile(
     r"unrecognized arguments: (?P<flag>\S+)"
     r"|(?:Group|Subcommand) '(?P<group>\S+)' does not accept option '(?P<key>\S+)'"
     r"|Option '(?P<option>\S+)' is not accepted"
 )
-_NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
-_WRONG_VALUE = re.compile(r'Parser key "(\S+)":\s*Expected (?:an? )?(.+?)\. Got value: (.*)', re.S)
-
-
-class ConfigError(Exception):
-    """A mistake in what was asked for, told in a line or two."""
+_KEY = re.compile(r'^Parser key "(?P<key>\S+)":\s*(?P<rest>.*)', re.S)
+_WRONG_VALUE = re.compile(
+    r"^Expected (?:an? )?(?P<expected>.+?)(?:\. Got value: (?P<came>.*))?$", re.S
+)
+_NO_CLASS = re.compile(r"^Expected a dot import path string: (?P<name>\S+)")
+_ATTEMPTS = re.compile(
+    r"Errors:\n(?P<errors>.*?)\n\s*Given value type:.*?Given value: (?P<came>.*)", re.S
+)
 
 
 def explain(message: str) -> str:
@@ -41,55 +46,94 @@ def explain(message: str) -> str:
     Args:
         message: jsonargparse's; it may nest the messages of several attempts.
     """
-    if unknown := _UNKNOWN.search(message):
+    if (unknown := _UNKNOWN.search(message)) and "Parser key" not in message:
         return _explain_key(unknown)
-    if no_class := _NO_CLASS.search(message):
-        return _explain_class(no_class[1])
-    if wrong := _WRONG_VALUE.search(message):
-        key, expected, came = wrong.groups()
-        choices = re.search(r"Literal\[(.*?)\]", expected)
-        expected = choices[1] if choices else re.sub(r"<class '(\S+)'>", r"\1", expected)
-        return f"{key} must be {expected.replace(', ', ' or ')}, but is {came.strip()!r}."
-    return " ".join(line.strip() for line in message.splitlines() if line.strip())
+    keyed = _KEY.match(message.strip())
+    key, rest = (keyed["key"], keyed["rest"]) if keyed else ("", message.strip())
+    came = None
+    if attempts := _ATTEMPTS.search(rest):
+        came = attempts["came"].strip()
+        errors = re.split(r"(?:^|\n)\s*- ", attempts["errors"])
+    else:
+        errors = re.split(r"(?:^|\n)\s*- ", rest)
+    errors = [error.strip() for error in errors if error.strip()]
+    errors = [error for error in errors if "NoneType" not in error] or errors
+
+    for error in errors:
+        # A nested parser has explained it already; this one knows where it stands.
+        if error.startswith("There is no key '"):
+            return error.replace("'", f"'{key}.", 1) if key else error
+        if error.startswith("There is no class '"):
+            return error
+        if re.match(r"[\w.]+ must be ", error):
+            return f"{key}.{error}" if key else error
+    for error in errors:
+        if no_class := _NO_CLASS.match(error):
+            return _explain_class(key, no_class["name"])
+    wrong = [_WRONG_VALUE.match(error) for error in errors]
+    if all(wrong):
+        expected = " or ".join(_readable(match["expected"]) for match in wrong if match)
+        came = next((match["came"] for match in wrong if match and match["came"]), came)
+        return f"{key} must be {expected}, but is {(came or '').strip()!r}."
+    return f"{key}: " * bool(key) + " ".join(" ".join(errors).split())
 
 
 def root_of(error: BaseException) -> BaseException:
-    """Return the exception at the bottom of the chain of causes.
+    """Return what a constructor raised: the first exception below jsonargparse's own wrappers.
 
     Args:
         error: jsonargparse wraps what a constructor raises, once for each level.
     """
     while error.__cause__ is not None:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals.get("__name__", "").startswith("jsonargparse"):
+            break
         error = error.__cause__
     return error
 
 
+def _readable(expected: str) -> str:
+    """Return a type as a person would write it."""
+    choices = re.search(r"Literal\[(.*?)\]", expected)
+    if choices:
+        return " or ".join(word.strip(" '") for word in choices[1].split(","))
+    return re.sub(r"<class '(\S+)'>", r"\1", expected)
+
+
 def _explain_key(found: re.Match[str]) -> str:
     flag = (found["flag"] or "").lstrip("-").partition("=")[0]
-    key = flag or found["key"] or found["option"]
+    group = found["group"] if found["group"] not in (None, *SUBCOMMANDS) else ""
+    key = ".".join(part for part in (group, flag or found["key"] or found["option"]) if part)
+    at_top = bool(flag) or found["group"] in SUBCOMMANDS
     vocabulary = dict(_vocabulary())
     parts = [part for part in key.split(".") if part != "init_args"]
-    if parts[0] in TOP and len(parts) > 1:
-        parts = parts[1:]
-    elif found["group"] in (None, "fit", "validate") and not found["option"] and len(parts) == 1:
-        vocabulary = {"a recipe": TOP}
-    elif found["group"] in ("fit", "validate") or (flag and parts[0] not in _words(vocabulary)):
-        vocabulary = {"a recipe": TOP, **vocabulary}
+    if at_top and parts[0] not in (*TOP, *_words(vocabulary)):
+        vocabulary = {"A recipe": TOP}
+    known = {*_words(vocabulary), *(TOP if at_top else ())}
     # The first part that nobody knows is the mistake: of `critc.case` it is `critc`.
-    wrong = next((part for part in parts if part not in _words(vocabulary)), parts[-1])
+    wrong = next((part for part in parts if part not in known), parts[-1])
     close = difflib.get_close_matches(wrong, _words(vocabulary), n=1)
-    if not close:
-        return f"There is no key {key!r}. muon-rl fit --config NAME --help lists all keys."
-    owner, allowed = next((o, names) for o, names in vocabulary.items() if close[0] in names)
-    listed = ", ".join(allowed if len(allowed) <= 20 else [close[0], "…"])
-    return f"There is no key {key!r}: did you mean {close[0]}? {owner} takes {listed}."
+    if not close and "A recipe" not in vocabulary:
+        return f"There is no key {key!r}: muon-rl fit --config NAME --help lists all keys."
+    # Of the owners of such a key, the smallest is the likeliest.
+    owners = sorted(vocabulary, key=lambda owner: len(vocabulary[owner]))
+    owner = next(o for o in owners if not close or close[0] in vocabulary[o])
+    few = len(vocabulary[owner]) <= 20
+    allowed = f"{owner} takes {', '.join(vocabulary[owner])}." if few else "--help lists all keys."
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"There is no key {key!r}: {hint}{allowed}"
 
 
-def _explain_class(name: str) -> str:
-    known = [cls.__name__ for base in (EnvFactory, AgentData, Agent) for cls in _subclasses(base)]
+def _explain_class(key: str, name: str) -> str:
+    known = [
+        cls.__name__ for base in (EnvFactory, AgentData, Agent) for cls in concrete_subclasses(base)
+    ]
+    known += [name for name in modules.__all__ if name not in known]
+    if name in known:
+        return f"{key} cannot be {name}: it is not of the kind that is needed there."
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)};"
-    return f"There is no class {name!r}: {hint} Give another one with its path, as package.Class."
+    hint = f"did you mean {close[0]}?" if close else f"muon_rl has {', '.join(known)};"
+    return f"There is no class {name!r} for {key}: {hint} Others need their path: package.Class."
 
 
 def _words(vocabulary: dict[str, tuple[str, ...]]) -> list[str]:
@@ -100,7 +144,7 @@ def _vocabulary() -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield every class that a config may name or set, with its keys."""
     seen: set[type] = set()
     for base in (EnvFactory, AgentData, Agent):
-        for cls in _subclasses(base):
+        for cls in concrete_subclasses(base):
             yield from _keys(cls, seen)
     yield from _keys(Checkpoints, seen)
     yield from _keys(L.Trainer, seen)
@@ -117,15 +161,5 @@ def _keys(cls: type, seen: set[type]) -> Iterator[tuple[str, tuple[str, ...]]]:
         return
     typed = cls if dataclasses.is_dataclass(cls) else cls.__init__
     for hint in typing.get_type_hints(typed).values():
-        for part in (hint, *typing.get_args(hint)):
-            ours = inspect.isclass(part) and part.__module__.startswith("muon_rl")
-            if ours and not issubclass(part, EnvFactory):
-                yield from _keys(part, seen)
-
-
-def _subclasses(base: type) -> Iterator[Any]:
-    """Yield every concrete class below a base."""
-    for cls in base.__subclasses__():
-        if not inspect.isabstract(cls):
-            yield cls
-        yield from _subclasses(cls)
+        for part in own_parts(hint):
+            yield from _keys(part, seen)

@@ -7,7 +7,8 @@ from typing import Literal, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from muon_rl.callbacks import Checkpoints
-from muon_rl.cli.errors import ConfigError, explain
+from muon_rl.cli import ConfigError
+from muon_rl.cli.errors import explain
 from muon_rl.envs import EnvFactory
 
 MatmulPrecision = Literal["highest", "high", "medium"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 import sys
 from pathlib import Path
+
+from muon_rl.cli import ConfigError
 
 FOLDER = Path(importlib.import_module("muon_rl.recipes").__file__).parent
 
@@ -26,10 +29,21 @@ def find(name: str) -> str:
 
     Args:
         name: what was given as ``--config``; an existing file goes before a shipped recipe.
+
+    Raises:
+        ConfigError: if it is neither.
     """
+    recipes = shipped()
     if Path(name).is_file():
         return name
-    return str(shipped().get(name.removesuffix(".yaml"), name))
+    if name in recipes:
+        return str(recipes[name])
+    close = difflib.get_close_matches(name, recipes, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ConfigError(
+        f"--config={name}: there is no such file and no shipped recipe of this name; {hint}"
+        f"Shipped are {', '.join(recipes)}."
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -39,8 +53,7 @@ def main(arguments: list[str]) -> None:
         arguments: of the command line.
     """
     if unknown := [word for word in arguments[1:] if word not in ("-h", "--help")]:
-        sys.stderr.write(f"muon-rl recipes takes no arguments, but got {' '.join(unknown)}.\n")
-        raise SystemExit(2)
+        raise ConfigError(f"recipes takes no arguments, but got {' '.join(unknown)}.")
     recipes = shipped()
     width = max(map(len, recipes))
     for name, path in recipes.items():

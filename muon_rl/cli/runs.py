@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from muon_rl.cli.errors import ConfigError
+from muon_rl.cli import ConfigError
 
 
 def new_folder(folder: str, method_name: str, seed: int) -> Path:

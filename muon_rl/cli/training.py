@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,8 +18,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from muon_rl.agent import Agent
 from muon_rl.callbacks import FramesProgressBar, GracefulStop
-from muon_rl.cli import recipes, record, runs
-from muon_rl.cli.errors import ConfigError, root_of
+from muon_rl.cli import ConfigError, help, recipes, record, runs
+from muon_rl.cli.errors import root_of
 from muon_rl.cli.parser import RecipeParser
 from muon_rl.data import AgentData
 from muon_rl.tracking import MLflow
@@ -40,13 +41,14 @@ def main(arguments: list[str]) -> None:
     """
     quieten()
     recipes.import_pages()
+    arguments = with_recipe_paths(arguments)
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(help.render(arguments[0], help.load(config_paths(arguments))))
+        return
     cli: RecipeCLI | None = None
     try:
-        cli = RecipeCLI(with_recipe_paths(arguments))
+        cli = RecipeCLI(arguments)
         cli.run()
-    except ConfigError as error:
-        sys.stderr.write(f"muon-rl: {error}\n")
-        raise SystemExit(2) from None
     except (SIGTERMException, KeyboardInterrupt) as stop:
         end_stopped(cli, stop)
 
@@ -74,6 +76,16 @@ def with_recipe_paths(arguments: list[str]) -> list[str]:
             word = "--config=" + recipes.find(word.removeprefix("--config="))
         resolved.append(word)
     return resolved
+
+
+def config_paths(arguments: list[str]) -> list[str]:
+    """Return the files that are given as ``--config``.
+
+    Args:
+        arguments: of the command line.
+    """
+    paths = [after for word, after in pairwise(arguments) if word in ("--config", "-c")]
+    return paths + [w.removeprefix("--config=") for w in arguments if w.startswith("--config=")]
 
 
 def end_stopped(cli: RecipeCLI | None, stop: BaseException) -> NoReturn:
@@ -201,8 +213,11 @@ class RecipeCLI(LightningCLI):
         callbacks: list[Callback] = [*(trainer.pop("callbacks") or [])]
         if self.subcommand == "fit":
             callbacks += [self.checkpoints, self.stop, self._record()]
-            if trainer["enable_progress_bar"] is not False:
-                callbacks.append(FramesProgressBar())
+        # Lightning refuses enable_progress_bar=false beside a bar among the callbacks.
+        if self.subcommand == "fit" and trainer["enable_progress_bar"] is not False:
+            callbacks.append(FramesProgressBar())
+        else:
+            trainer["enable_progress_bar"] = False
         trainer["enable_checkpointing"] = self.subcommand == "fit"
         return L.Trainer(**trainer, callbacks=callbacks, **kwargs)
 
@@ -242,9 +257,7 @@ class RecipeCLI(LightningCLI):
         if self.subcommand == "fit":
             self._fit()
         else:
-            self.trainer.validate(
-                self.model, datamodule=self.datamodule, ckpt_path=str(self.checkpoint_path)
-            )
+            self._validate()
 
     def _fit(self) -> None:
         ckpt_path = None if self.checkpoint_path is None else str(self.checkpoint_path)
@@ -258,6 +271,22 @@ class RecipeCLI(LightningCLI):
             self.model, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True
         )
         self._summarize(folder, loggers)
+
+    def _validate(self) -> None:
+        """Play one evaluation and print its means."""
+        frames = self.checkpoint["muon_rl"]["frames"]
+        self.checkpoint = None
+        self.trainer.validate(
+            self.model,
+            datamodule=self.datamodule,
+            ckpt_path=str(self.checkpoint_path),
+            verbose=False,
+            weights_only=True,
+        )
+        print(f"{self.checkpoint_path} after {frames:,} frames,")
+        print(f"mean of {self.datamodule.eval_episodes} episodes on {self.env.task}:")
+        for name, value in sorted(self.trainer.callback_metrics.items()):
+            print(f"  {name:<12} {float(value):.1f}")
 
     def _folder(self) -> Path:
         """Return the run's folder: the resumed one's if it lies among ours, else a new one."""

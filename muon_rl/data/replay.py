@@ -74,8 +74,8 @@ class ReplayData(AgentData):
             raise ValueError(
                 f"data.batch_size is {batch_size}, but data.init_random_frames="
                 f"{init_random_frames} gives only {self.init_random_steps} transitions before the "
-                f"first update (action repeat {env.action_repeat}) and the buffer holds {buffer_size}: raise those or "
-                "lower the batch size."
+                f"first update (action repeat {env.action_repeat}) and data.buffer_size is "
+                f"{buffer_size}: raise those or lower the batch size."
             )
         if init_random_frames >= total_frames:
             raise ValueError(
@@ -126,9 +126,10 @@ class ReplayData(AgentData):
         """Return the transitions and the places of writer and sampler."""
         if self.buffer is None or len(self.buffer) == 0:
             return {}
-        # Not the buffer's own state_dict: that is as large as its capacity, filled or not.
+        # Not the buffer's own state_dict: that is as large as its capacity, filled or not. A
+        # clone, because a view is saved with all of the storage that it looks at.
         return {
-            "transitions": self.buffer[:].to_dict(retain_none=False),
+            "transitions": self.buffer[:].clone().to_dict(retain_none=False),
             "writer": dict(self.buffer.writer.state_dict()),
             "sampler": dict(self.buffer.sampler.state_dict()),
         }

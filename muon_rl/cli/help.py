@@ -1,0 +1,123 @@
+"""``muon-rl fit --help``: every key of a recipe's own classes, with a sentence and its value."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shutil
+import textwrap
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import docstring_parser
+import lightning as L
+import yaml
+
+from muon_rl.agent import Agent
+from muon_rl.callbacks import Checkpoints
+from muon_rl.cli.parts import concrete_subclasses, own_parts
+from muon_rl.data import AgentData
+from muon_rl.envs import EnvFactory
+
+TOP_KEYS = {
+    "method_name": "names the run and its checkpoint folder; left out: model class and task.",
+    "seed_everything": "seed of weights, environment, sampling.",
+    "ckpt_path": "last or best of the newest run of this method and seed, or a file.",
+    "matmul_precision": "highest, high or medium: torch.set_float32_matmul_precision.",
+}
+HEAD = {
+    "fit": "usage: muon-rl fit --config RECIPE [--KEY=VALUE ...]\n\n"
+    "Train an agent as a recipe says.",
+    "validate": "usage: muon-rl validate --config RECIPE --ckpt_path=best [--KEY=VALUE ...]\n\n"
+    "Play evaluation episodes with a checkpoint, by the deterministic policy.",
+}
+TAIL = """
+In YAML the same keys are nested, those of env, data, model, actor and critic under init_args.
+Another class goes in as --env=CLASS, --model.actor=CLASS, …; --trainer.logger=false tracks nothing.
+"""
+
+Row = tuple[str, str, Any]
+
+
+def render(command: str, config: dict[str, Any] | None) -> str:
+    """Return the help of a subcommand.
+
+    Args:
+        command: fit or validate.
+        config: the recipe that was given, whose own classes and values are shown; without one,
+            all classes that are shipped, and their defaults.
+    """
+    lines = [HEAD[command], ""]
+    if config is None:
+        lines += ["With --config, the keys of that recipe's own classes and its values.", ""]
+    config = config or {}
+    for key, base in (("env", EnvFactory), ("data", AgentData), ("model", Agent)):
+        part = config.get(key) or {}
+        for cls in concrete_subclasses(base):
+            if not part or part.get("class_path", "").split(".")[-1] == cls.__name__:
+                lines += _section(f"{key}: {cls.__name__}", cls, key, part.get("init_args") or {})
+    rows = [(name, text, config.get(name)) for name, text in TOP_KEYS.items()]
+    lines += ["the run", *_table(rows), ""]
+    lines += _section("checkpoint: Checkpoints", Checkpoints, "checkpoint", {})
+    lines += _section("trainer: Lightning's Trainer", L.Trainer, "trainer", {})
+    return "\n".join(lines) + TAIL
+
+
+def load(paths: list[str]) -> dict[str, Any] | None:
+    """Return the recipes of several files as one, or ``None`` without any.
+
+    Args:
+        paths: of YAML files, the later ones winning.
+    """
+    merged: dict[str, Any] | None = None
+    for path in paths:
+        with open(path) as file:
+            merged = {**(merged or {}), **(yaml.safe_load(file) or {})}
+    return merged
+
+
+def _section(title: str, cls: type, prefix: str, given: dict[str, Any]) -> list[str]:
+    summary = docstring_parser.parse(cls.__doc__ or "").short_description or ""
+    return [f"{title} - {summary}", *_table(list(_rows(cls, prefix, given))), ""]
+
+
+def _rows(cls: type, prefix: str, given: dict[str, Any]) -> Iterator[Row]:
+    """Yield key, sentence and value for each parameter of a class and of its parts."""
+    docs = {}
+    for owner in reversed(cls.__mro__):
+        for text in (owner.__doc__, owner.__init__.__doc__):
+            docs |= {p.arg_name: p.description for p in docstring_parser.parse(text or "").params}
+    hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if name in ("env", "specs"):
+            continue
+        sentence = " ".join((docs.get(name) or "").replace("``", "").split()).split(". ")[0]
+        parts = [] if cls is L.Trainer else own_parts(hints.get(name))
+        value = given.get(name, parameter.default)
+        if not parts:
+            yield f"{prefix}.{name}", sentence, value
+            continue
+        part = parts[0]
+        if not dataclasses.is_dataclass(part):
+            yield f"{prefix}.{name}", sentence, part.__name__
+        nested = value if isinstance(value, dict) else {}
+        if dataclasses.is_dataclass(value):
+            nested = dataclasses.asdict(value)
+        yield from _rows(part, f"{prefix}.{name}", nested.get("init_args", nested))
+
+
+def _table(rows: list[Row]) -> list[str]:
+    width = min(110, shutil.get_terminal_size().columns)
+    lines = []
+    for key, sentence, value in rows:
+        missing = value in (inspect.Parameter.empty, None) or repr(value).startswith("<factory")
+        text = sentence.rstrip(".") + ("" if missing else f" [{value}]")
+        if len(key) > 38:
+            lines.append(f"  --{key}")
+            key = ""
+        first = f"  --{key:<38}" if key else " " * 42
+        lines += textwrap.wrap(
+            text, width, initial_indent=first + " ", subsequent_indent=" " * 43
+        ) or [first]
+    return lines
