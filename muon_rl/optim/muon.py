@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,18 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from muon_rl.optim.orthogonalize import orthogonalize, resolve_coefficients
+from muon_rl.optim.groups import check_group, fill_group, matrix_shapes, name_of, rate_ratio
+from muon_rl.optim.orthogonalize import orthogonalize
 
-ALGORITHMS = ("muon", "adamw", "adam")
-ADJUSTMENTS = ("original", "match_rms_adamw", None)
 NONFINITE = ("propagate", "raise", "skip")
-
-_COMMON = {"params", "param_names", "algorithm", "name", "lr", "initial_lr"}
-_MUON_OPTIONS = _COMMON | {
-    "momentum", "nesterov", "weight_decay", "ns_steps", "coefficients", "eps", "adjust_lr",
-    "dtype", "batch_dims", "splits",
-}  # fmt: skip
-_ADAM_OPTIONS = _COMMON | {"betas", "eps", "weight_decay", "fused", "batch_dims"}
 
 
 class Muon(torch.optim.Optimizer):
@@ -140,29 +131,9 @@ class Muon(torch.optim.Optimizer):
             ValueError: for an unknown option or value, or a parameter that is no matrix.
             TypeError: for complex parameters.
         """
-        group = dict(param_group)
-        algorithm = group.setdefault("algorithm", "muon")
-        if algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm must be one of {ALGORITHMS}, but is {algorithm!r}.")
-        group.setdefault("name", f"group{len(self.param_groups)}")
-        allowed = _MUON_OPTIONS if algorithm == "muon" else _ADAM_OPTIONS
-        if unknown := sorted(set(group) - allowed):
-            raise ValueError(
-                f"Unknown option(s) {', '.join(unknown)} in {algorithm} group {group['name']!r}; "
-                f"allowed: {', '.join(sorted(allowed - _COMMON | {'lr', 'name'}))}."
-            )
-        if algorithm == "muon":
-            group.setdefault("batch_dims", 0)
-            group.setdefault("splits", 1)
-        else:
-            group.setdefault("lr", 1e-3)
-            group.setdefault("betas", (0.9, 0.999))
-            group.setdefault("eps", 1e-8)
-            group.setdefault("weight_decay", 0.01 if algorithm == "adamw" else 0.0)
-            group.setdefault("fused", None)
-
+        group = fill_group(param_group, len(self.param_groups))
         defaults = self.defaults
-        if algorithm != "muon":
+        if group["algorithm"] != "muon":
             # torch fills a group up from the defaults: Muon's own have no place in an Adam group.
             self.defaults = {}
         try:
@@ -170,7 +141,7 @@ class Muon(torch.optim.Optimizer):
         finally:
             self.defaults = defaults
         added = self.param_groups.pop()
-        _check_group(added)
+        check_group(added)
         self.param_groups.append(added)
 
     @torch.no_grad()
@@ -194,7 +165,7 @@ class Muon(torch.optim.Optimizer):
             for p in params:
                 if p.grad.layout != torch.strided:
                     raise RuntimeError(
-                        f"Muon takes dense gradients only, but {_name_of(group, p)!r} has a "
+                        f"Muon takes dense gradients only, but {name_of(group, p)!r} has a "
                         f"{p.grad.layout} one."
                     )
             if params and group["algorithm"] == "muon":
@@ -218,7 +189,7 @@ class Muon(torch.optim.Optimizer):
         # Matrices of one shape, dtype and device are orthogonalized as one stack.
         stacks: dict[tuple, list[int]] = defaultdict(list)
         views = []
-        shapes = dict(zip(group["params"], _matrix_shapes(group), strict=True))
+        shapes = dict(zip(group["params"], matrix_shapes(group), strict=True))
         for index, (p, update) in enumerate(zip(params, updates, strict=True)):
             views.append(update.reshape(-1, *shapes[p]))
             stacks[(*shapes[p], update.dtype, update.device)].append(index)
@@ -233,7 +204,7 @@ class Muon(torch.optim.Optimizer):
                 eps=group["eps"],
                 dtype=group["dtype"],
             )
-            rate = lr * _rate_ratio(group["adjust_lr"], rows, columns)
+            rate = lr * rate_ratio(group["adjust_lr"], rows, columns)
             parts = polar.split([views[i].shape[0] for i in members])
             for i, part in zip(members, parts, strict=True):
                 update = part.reshape(params[i].shape)
@@ -287,86 +258,9 @@ class Muon(torch.optim.Optimizer):
         if self.on_nonfinite == "raise":
             group, p = owners[int((~finite).nonzero()[0])]
             raise FloatingPointError(
-                f"The gradient of {_name_of(group, p)!r} (group {group['name']!r}) is not finite; "
+                f"The gradient of {name_of(group, p)!r} (group {group['name']!r}) is not finite; "
                 "no parameter was changed. Try a lower rate (Muon: 0.01 or less), a momentum of "
                 "0.9 or clipping by norm, or look for a NaN in the loss's inputs."
             )
         self.skipped_steps += 1
         return False
-
-
-def _per_parameter(group: dict[str, Any], option: str) -> list[int]:
-    """Return an option's value for each parameter of a group."""
-    value = group[option]
-    return list(value) if isinstance(value, Sequence) else [value] * len(group["params"])
-
-
-def _matrix_shapes(group: dict[str, Any]) -> list[tuple[int, int]]:
-    """Return the shape of the matrices that each parameter of a Muon group holds."""
-    shapes = []
-    options = (_per_parameter(group, "batch_dims"), _per_parameter(group, "splits"))
-    for p, batch_dims, splits in zip(group["params"], *options, strict=True):
-        rows, *rest = p.shape[batch_dims:]
-        shapes.append((rows // splits, math.prod(rest)))
-    return shapes
-
-
-def _rate_ratio(adjust_lr: str | None, rows: int, columns: int) -> float:
-    """Return the factor on the rate of a ``(rows, columns)`` matrix."""
-    if adjust_lr == "original":
-        return math.sqrt(max(1.0, rows / columns))
-    if adjust_lr == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return 1.0
-
-
-def _name_of(group: dict[str, Any], parameter: Tensor) -> str:
-    """Return a parameter's name for messages: its own if given, else its place in the group."""
-    index = next(i for i, p in enumerate(group["params"]) if p is parameter)
-    return group["param_names"][index] if "param_names" in group else f"{group['name']}[{index}]"
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Raise if a group holds a value or a parameter that its algorithm cannot take."""
-    where = f"group {group['name']!r}"
-    if not float(group["lr"]) >= 0.0:
-        raise ValueError(f"lr must be at least 0, but is {group['lr']} in {where}.")
-    if not group["weight_decay"] >= 0.0:
-        raise ValueError(
-            f"weight_decay must be at least 0, but is {group['weight_decay']} in {where}."
-        )
-    if not group["eps"] >= 0.0:
-        raise ValueError(f"eps must be at least 0, but is {group['eps']} in {where}.")
-    for p in group["params"]:
-        if p.is_complex():
-            raise TypeError(f"Muon takes real parameters only, but {_name_of(group, p)!r} is not.")
-
-    if group["algorithm"] != "muon":
-        betas = group["betas"]
-        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), but are {betas} in {where}.")
-        return
-
-    if not 0.0 <= group["momentum"] < 1.0:
-        raise ValueError(f"momentum must be in [0, 1), but is {group['momentum']} in {where}.")
-    if group["adjust_lr"] not in ADJUSTMENTS:
-        raise ValueError(
-            f"adjust_lr must be one of {ADJUSTMENTS}, but is {group['adjust_lr']!r} in {where}."
-        )
-    resolve_coefficients(group["coefficients"], group["ns_steps"])
-    for option in ("batch_dims", "splits"):
-        if len(_per_parameter(group, option)) != len(group["params"]):
-            raise ValueError(f"{option} must be one number, or one a parameter, in {where}.")
-    options = (_per_parameter(group, "batch_dims"), _per_parameter(group, "splits"))
-    for p, batch_dims, splits in zip(group["params"], *options, strict=True):
-        if p.ndim - batch_dims < 2:
-            raise ValueError(
-                f"Muon needs matrices, but {_name_of(group, p)!r} has shape {tuple(p.shape)} with "
-                f"batch_dims={batch_dims}, leaving {max(0, p.ndim - batch_dims)} matrix axes. "
-                "Put it in an AdamW group."
-            )
-        if splits < 1 or p.shape[batch_dims] % splits:
-            raise ValueError(
-                f"{_name_of(group, p)!r} has {p.shape[batch_dims]} rows, which do not fall into "
-                f"splits={splits} equal parts."
-            )

@@ -1,0 +1,254 @@
+"""From a recipe to a run: parsing, making the parts, beginning or going on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningCLI
+
+from muon_rl.agent import Agent
+from muon_rl.callbacks import FramesProgressBar, GracefulStop
+from muon_rl.cli import ConfigError, recipes, record, runs
+from muon_rl.cli.errors import root_of
+from muon_rl.cli.parser import RecipeParser
+from muon_rl.data import AgentData
+from muon_rl.tracking import MLflow
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 1,  # the data module's stream is the whole run
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 100,
+    "enable_model_summary": False,
+    "logger": {"class_path": "muon_rl.tracking.MLflow"},
+}
+
+
+class RecipeCLI(LightningCLI):
+    """Parses a recipe, makes its parts and runs them.
+
+    Args:
+        arguments: of the command line, the subcommand first.
+
+    Raises:
+        ConfigError: for a mistake in the config, before a run exists.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        recipes.import_pages()
+        self.stop = GracefulStop()
+        self.checkpoint: dict[str, Any] | None = None
+        self.checkpoint_path: Path | None = None
+        self.command = "muon-rl " + " ".join(
+            word for word in arguments if not word.startswith("--ckpt_path")
+        )
+        # jsonargparse would otherwise take --trainer.max_epoch for --trainer.max_epochs.
+        strict = {"allow_abbrev": False}
+        sys.argv = sys.argv[:1]
+        super().__init__(
+            Agent,
+            AgentData,
+            args=arguments,
+            parser_class=RecipeParser,
+            parser_kwargs={**strict, "fit": dict(strict), "validate": dict(strict)},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_callback=None,
+        )
+
+    # -- parsing -------------------------------------------------------------------------------
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands and the arguments of theirs that a recipe gives otherwise."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
+        }
+
+    def add_arguments_to_parser(self, parser: RecipeParser) -> None:  # type: ignore[override]
+        """Add the keys of a recipe."""
+        parser.add_recipe_arguments()
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave out Lightning's reading of hyperparameters: the command line is to win."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leave running to :meth:`run`, so that a stopped run still has its parts at hand."""
+
+    @property
+    def settings(self) -> Any:
+        """The subcommand's part of the config."""
+        return self.config[self.subcommand]
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.settings.seed_everything)
+
+    @property
+    def has_saved(self) -> bool:
+        """Whether this run has a last checkpoint."""
+        return bool(self.checkpoints.last_model_path)
+
+    # -- making the parts ----------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Check what needs no parts."""
+        for part in ("env", "data", "model"):
+            if self.settings.get(part) is None:
+                raise ConfigError(
+                    f"{part} is missing: give a recipe with --config (muon-rl recipes lists the "
+                    f"shipped ones) or --{part}=CLASS."
+                )
+        torch.set_float32_matmul_precision(self.settings.matmul_precision)
+        if self.subcommand == "validate":
+            # A look at a checkpoint is no run.
+            self.settings.trainer.logger = False
+
+    def instantiate_classes(self) -> None:
+        """Make environment, data, model and trainer; a constructor's ValueError is a mistake."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, ConfigError) as error:
+            root = root_of(error)
+            if isinstance(root, (ValueError, ConfigError)):
+                raise ConfigError(str(root)) from error
+            raise root from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Make the trainer for this run: its folder, its callbacks, its tracking."""
+        self.env = self.config_init[self.subcommand].env
+        self.checkpoints = self.config_init[self.subcommand].checkpoint
+        self.method_name = (
+            self.settings.method_name or f"{type(self.model).__name__}_{self.env.task}"
+        )
+        self._find_checkpoint()
+        trainer = dict(self.config_init[self.subcommand].trainer)
+        callbacks: list[Callback] = [*(trainer.pop("callbacks") or [])]
+        if self.subcommand == "fit":
+            callbacks += [self.checkpoints, self.stop, self._record()]
+        # Lightning refuses enable_progress_bar=false beside a bar among the callbacks.
+        if self.subcommand == "fit" and trainer["enable_progress_bar"] is not False:
+            callbacks.append(FramesProgressBar())
+        else:
+            trainer["enable_progress_bar"] = False
+        trainer["enable_checkpointing"] = self.subcommand == "fit"
+        return L.Trainer(**trainer, callbacks=callbacks, **kwargs)
+
+    def _find_checkpoint(self) -> None:
+        """Read the checkpoint that was asked for, and check that it fits."""
+        ckpt_path = self.settings.ckpt_path
+        if ckpt_path is None:
+            if self.subcommand == "validate":
+                raise ConfigError("validate needs --ckpt_path=best, last or a file.")
+            return
+        path = runs.find_checkpoint(
+            str(ckpt_path), self.checkpoints.folder, self.method_name, self.seed
+        )
+        self.checkpoint = runs.load_checkpoint(path)
+        self.checkpoint_path = path
+        runs.check_fit(self.checkpoint, self.model.state_dict(), path)
+        frames = self.checkpoint["muon_rl"]["frames"]
+        if self.subcommand == "fit" and frames >= self.datamodule.total_frames:
+            raise ConfigError(
+                f"{path} has all of its {frames:,} frames already: raise --data.total_frames "
+                f"(now {self.datamodule.total_frames:,}) to train further."
+            )
+
+    def _record(self) -> record.RunRecord:
+        parser = self._parser(self.subcommand)
+        settings = self.settings.clone()
+        settings.pop("config", None)
+        settings.ckpt_path = None
+        text = parser.dump(settings, skip_unset=False, skip_validation=True)
+        resumed_from = self.checkpoint["muon_rl"]["frames"] if self.checkpoint else None
+        return record.RunRecord(text, resumed_from)
+
+    # -- running -------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run the subcommand."""
+        if self.subcommand == "fit":
+            self._fit()
+        else:
+            self._validate()
+
+    def _fit(self) -> None:
+        ckpt_path = None if self.checkpoint_path is None else str(self.checkpoint_path)
+        folder = self._folder()
+        self.checkpoints.dirpath = str(folder)
+        loggers = [logger for logger in self.trainer.loggers if isinstance(logger, MLflow)]
+        for logger in loggers:
+            self._begin(logger)
+        self.checkpoint = None  # Lightning reads it again
+        self.trainer.fit(
+            self.model, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True
+        )
+        self._summarize(folder, loggers)
+
+    def _validate(self) -> None:
+        """Play one evaluation and print its means."""
+        frames = self.checkpoint["muon_rl"]["frames"]
+        self.checkpoint = None
+        self.trainer.validate(
+            self.model,
+            datamodule=self.datamodule,
+            ckpt_path=str(self.checkpoint_path),
+            verbose=False,
+            weights_only=True,
+        )
+        print(f"{self.checkpoint_path} after {frames:,} frames,")
+        print(f"mean of {self.datamodule.eval_episodes} episodes on {self.env.task}:")
+        for name, value in sorted(self.trainer.callback_metrics.items()):
+            print(f"  {name:<12} {float(value):.1f}")
+
+    def _folder(self) -> Path:
+        """Return the run's folder: the resumed one's if it lies among ours, else a new one."""
+        path = self.checkpoint_path
+        if path is not None and path.name in ("last.ckpt", "best.ckpt"):
+            return path.parent
+        return runs.new_folder(self.checkpoints.folder, self.method_name, self.seed)
+
+    def _begin(self, logger: MLflow) -> None:
+        """Name the run in MLflow, or go on in the checkpoint's."""
+        cases = {
+            name: config.case if hasattr(config, "case") else config["case"]
+            for name, config in self.model.optimizer_configs.items()
+        }
+        logger.describe(
+            experiment_name=self.env.task,
+            run_name=f"{self.method_name}_seed{self.seed}",
+            tags=record.tags(
+                task=self.env.task,
+                method=self.method_name,
+                algorithm=type(self.model).__name__,
+                optimizer=", ".join(f"{name}={case}" for name, case in cases.items()),
+                seed=self.seed,
+            ),
+        )
+        run_id = self.checkpoint["muon_rl"]["mlflow_run_id"] if self.checkpoint else None
+        if run_id is not None:
+            logger.resume(run_id)
+
+    def _summarize(self, folder: Path, loggers: list[MLflow]) -> None:
+        """Say where everything is."""
+        returned = self.trainer.callback_metrics.get("eval/return")
+        lines = [f"Trained {self.datamodule.frames:,} frames."]
+        if returned is not None:
+            best = self.checkpoints.best_model_score
+            lines.append(f"  last return  {float(returned):.1f}")
+            lines.append(f"  best return  {float(best if best is not None else returned):.1f}")
+        lines.append(f"  checkpoints  {folder}/ (best.ckpt, last.ckpt)")
+        for logger in loggers:
+            lines.append(f"  MLflow run   {logger.run_id} in {logger.tracking_uri}")
+            lines.append(f"  to look      mlflow ui --backend-store-uri {logger.tracking_uri}")
+        print("\n".join(lines))

@@ -1,0 +1,126 @@
+"""A parameter group of Muon: its options, their defaults and what they may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from muon_rl.optim.orthogonalize import resolve_coefficients
+
+ALGORITHMS = ("muon", "adamw", "adam")
+ADJUSTMENTS = ("original", "match_rms_adamw", None)
+
+_COMMON = {"params", "param_names", "algorithm", "name", "lr", "initial_lr"}
+_MUON_OPTIONS = _COMMON | {
+    "momentum", "nesterov", "weight_decay", "ns_steps", "coefficients", "eps", "adjust_lr",
+    "dtype", "batch_dims", "splits",
+}  # fmt: skip
+_ADAM_OPTIONS = _COMMON | {"betas", "eps", "weight_decay", "fused", "batch_dims"}
+
+
+def fill_group(group: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return a group with its algorithm's own defaults, Muon's common ones aside.
+
+    Args:
+        group: as the user gave it.
+        index: its place among the groups, which names it where the user has not.
+
+    Raises:
+        ValueError: for an unknown algorithm or option.
+    """
+    group = dict(group)
+    algorithm = group.setdefault("algorithm", "muon")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {ALGORITHMS}, but is {algorithm!r}.")
+    group.setdefault("name", f"group{index}")
+    allowed = _MUON_OPTIONS if algorithm == "muon" else _ADAM_OPTIONS
+    if unknown := sorted(set(group) - allowed):
+        raise ValueError(
+            f"Unknown option(s) {', '.join(unknown)} in {algorithm} group {group['name']!r}; "
+            f"allowed: {', '.join(sorted(allowed - _COMMON | {'lr', 'name'}))}."
+        )
+    if algorithm == "muon":
+        return {"batch_dims": 0, "splits": 1, **group}
+    weight_decay = 0.01 if algorithm == "adamw" else 0.0
+    adam = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
+    return {**adam, "fused": None, **group}
+
+
+def per_parameter(group: dict[str, Any], option: str) -> list[int]:
+    """Return an option's value for each parameter of a group."""
+    value = group[option]
+    return list(value) if isinstance(value, Sequence) else [value] * len(group["params"])
+
+
+def matrix_shapes(group: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return the shape of the matrices that each parameter of a Muon group holds."""
+    shapes = []
+    options = (per_parameter(group, "batch_dims"), per_parameter(group, "splits"))
+    for p, batch_dims, splits in zip(group["params"], *options, strict=True):
+        rows, *rest = p.shape[batch_dims:]
+        shapes.append((rows // splits, math.prod(rest)))
+    return shapes
+
+
+def rate_ratio(adjust_lr: str | None, rows: int, columns: int) -> float:
+    """Return the factor on the rate of a ``(rows, columns)`` matrix."""
+    if adjust_lr == "original":
+        return math.sqrt(max(1.0, rows / columns))
+    if adjust_lr == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return 1.0
+
+
+def name_of(group: dict[str, Any], parameter: Tensor) -> str:
+    """Return a parameter's name for messages: its own if given, else its place in the group."""
+    index = next(i for i, p in enumerate(group["params"]) if p is parameter)
+    return group["param_names"][index] if "param_names" in group else f"{group['name']}[{index}]"
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise if a group holds a value or a parameter that its algorithm cannot take."""
+    where = f"group {group['name']!r}"
+    if not float(group["lr"]) >= 0.0:
+        raise ValueError(f"lr must be at least 0, but is {group['lr']} in {where}.")
+    if not group["weight_decay"] >= 0.0:
+        raise ValueError(
+            f"weight_decay must be at least 0, but is {group['weight_decay']} in {where}."
+        )
+    if not group["eps"] >= 0.0:
+        raise ValueError(f"eps must be at least 0, but is {group['eps']} in {where}.")
+    for p in group["params"]:
+        if p.is_complex():
+            raise TypeError(f"Muon takes real parameters only, but {name_of(group, p)!r} is not.")
+
+    if group["algorithm"] != "muon":
+        betas = group["betas"]
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), but are {betas} in {where}.")
+        return
+
+    if not 0.0 <= group["momentum"] < 1.0:
+        raise ValueError(f"momentum must be in [0, 1), but is {group['momentum']} in {where}.")
+    if group["adjust_lr"] not in ADJUSTMENTS:
+        raise ValueError(
+            f"adjust_lr must be one of {ADJUSTMENTS}, but is {group['adjust_lr']!r} in {where}."
+        )
+    resolve_coefficients(group["coefficients"], group["ns_steps"])
+    for option in ("batch_dims", "splits"):
+        if len(per_parameter(group, option)) != len(group["params"]):
+            raise ValueError(f"{option} must be one number, or one a parameter, in {where}.")
+    options = (per_parameter(group, "batch_dims"), per_parameter(group, "splits"))
+    for p, batch_dims, splits in zip(group["params"], *options, strict=True):
+        if p.ndim - batch_dims < 2:
+            raise ValueError(
+                f"Muon needs matrices, but {name_of(group, p)!r} has shape {tuple(p.shape)} with "
+                f"batch_dims={batch_dims}, leaving {max(0, p.ndim - batch_dims)} matrix axes. "
+                "Put it in an AdamW group."
+            )
+        if splits < 1 or p.shape[batch_dims] % splits:
+            raise ValueError(
+                f"{name_of(group, p)!r} has {p.shape[batch_dims]} rows, which do not fall into "
+                f"splits={splits} equal parts."
+            )

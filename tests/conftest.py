@@ -1,0 +1,75 @@
+"""A short real run, made once and looked at by many tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from muon_rl.cli import main
+
+# Small enough for seconds, real in all else.
+SMALL = [
+    "--model.actor.hidden=[32,32]",
+    "--model.critic.hidden=[32,32]",
+    "--data.batch_size=32",
+    "--data.eval_episodes=2",
+    "--trainer.log_every_n_steps=10",
+    "--trainer.enable_progress_bar=false",
+]
+CHEETAH = [
+    "--config=sac_cheetah", "--data.init_random_frames=100", "--data.eval_every=200", *SMALL,
+]  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A run's folder and its record in MLflow."""
+
+    folder: Path
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+
+    @property
+    def records(self):
+        ids = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        return self.client.search_runs(ids)
+
+    def history(self, metric: str) -> list[tuple[int, float]]:
+        """Return the points of a metric of the only run there is."""
+        (record,) = self.records
+        points = self.client.get_metric_history(record.info.run_id, metric)
+        return [(point.step, point.value) for point in points]
+
+    def checkpoint(self, name: str = "last") -> Path:
+        """Return the checkpoint of the newest run."""
+        return sorted(self.folder.glob(f"checkpoints/*/*/*/{name}.ckpt"))[-1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch) -> Run:
+    """A new working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Run(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Run:
+    """A fit of 400 frames on cheetah-run, with evaluations at 200 and 400."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        main(["fit", *CHEETAH, "--data.total_frames=400"])
+    return Run(folder)

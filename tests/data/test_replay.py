@@ -1,0 +1,142 @@
+"""The replay stream: how many updates when, evaluations by frames, bad numbers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from muon_rl.recipes.sac import SAC, SACData
+
+from muon_rl.envs import DMControl
+
+ENV = DMControl("cartpole", "swingup", action_repeat=2)
+
+
+def make(**options) -> SACData:
+    defaults = {"total_frames": 200, "init_random_frames": 80, "batch_size": 16}
+    data = SACData(ENV, **{**defaults, **options})
+    agent = SAC(ENV)
+    # What Lightning's trainer would be to the data module.
+    data.trainer = SimpleNamespace(
+        lightning_module=agent,
+        received_sigterm=False,
+        global_rank=0,
+        state=SimpleNamespace(fn="fit"),
+    )
+    data.setup("fit")
+    return data
+
+
+@pytest.mark.parametrize(
+    ("updates_per_step", "steps_per_collection", "updates"),
+    [(1.0, 1, 60), (2.0, 1, 120), (0.5, 1, 30), (1.0, 20, 60), (4.0, 20, 240)],
+)
+def test_updates_follow_the_agent_steps_after_the_warm_up(
+    updates_per_step, steps_per_collection, updates
+):
+    data = make(updates_per_step=updates_per_step, steps_per_collection=steps_per_collection)
+    stream = data.train_dataloader()
+    assert len(stream) == updates
+    seen = [(batch.shape, data.frames) for batch in stream]
+    assert len(seen) == updates
+    assert {shape for shape, _ in seen} == {torch.Size([16])}
+    assert data.frames == 200
+    for index, (_, frames) in enumerate(seen):
+        # Update number index + 1 comes with the first collection that allows it.
+        steps = -(-(index + 1) / updates_per_step // steps_per_collection) * steps_per_collection
+        assert frames == 80 + 2 * int(steps)
+
+
+def test_the_warm_up_is_uniform_and_what_follows_is_the_policy():
+    data = make(total_frames=2000, init_random_frames=1600, batch_size=16)
+    stream = iter(data.train_dataloader())
+    next(stream)
+    actions = data.buffer[:]["action"][:800]
+    # A uniform action has a standard deviation of 1/sqrt(3); the policy's begins near tanh(N(0,1)).
+    assert actions.std().item() == pytest.approx(3**-0.5, abs=0.03)
+    assert actions.abs().max() <= 1
+
+
+def test_the_buffer_holds_what_the_loss_reads_and_no_more():
+    data = make()
+    next(iter(data.train_dataloader()))
+    keys = set(data.buffer[:].keys(include_nested=True, leaves_only=True))
+    assert keys - {"index"} == {
+        "observation", "action", ("next", "observation"), ("next", "reward"), ("next", "done"),
+        ("next", "terminated"),
+    }  # fmt: skip
+
+
+def test_evaluations_are_due_as_frames_pass_and_at_the_end():
+    data = make(total_frames=230, init_random_frames=80, eval_every=50)
+    due = []
+    for _ in data.train_dataloader():
+        if data.evaluation_due:
+            due.append(data.frames)
+            data.evaluated_frames = data.frames
+    assert due == [100, 150, 200, 230]
+
+
+def test_no_evaluation_between_the_updates_of_one_step():
+    data = make(eval_every=100, updates_per_step=3.0)
+    due = [data.updates for _ in data.train_dataloader() if data.evaluation_due]
+    assert due[0] == 30  # all three updates of the step that reaches frame 100
+    assert data.frames == 200
+
+
+def test_a_resumed_stream_serves_what_is_left_from_the_same_numbers():
+    torch.manual_seed(0)
+    data = make()
+    stream = iter(data.train_dataloader())
+    for _ in range(25):
+        next(stream)
+    state = data.state_dict()
+    expected = [batch.clone() for batch in stream]
+
+    torch.manual_seed(1)
+    resumed = make()
+    resumed.trainer.lightning_module.load_state_dict(data.trainer.lightning_module.state_dict())
+    resumed.load_state_dict(state)
+    rest = resumed.train_dataloader()
+    assert len(rest) == 35
+    for batch, other in zip(rest, expected, strict=True):
+        assert (batch == other).all()
+
+
+def test_a_full_buffer_is_restored_in_its_order():
+    data = make(buffer_size=30)
+    for _ in data.train_dataloader():
+        pass
+    other = make(buffer_size=30)
+    other.load_state_dict(data.state_dict())
+    assert (other.buffer[:] == data.buffer[:]).all()
+    assert other.buffer.writer.state_dict() == data.buffer.writer.state_dict()
+
+
+def test_evaluation_leaves_the_random_numbers_of_training_alone():
+    data = make(eval_episodes=1)
+    before = torch.get_rng_state()
+    first = [episode["next", "episode_return"][-1] for episode in data.val_dataloader()]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    again = [episode["next", "episode_return"][-1] for episode in data.val_dataloader()]
+    assert first == again
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 41}, r"batch_size is 41, .* only 40 transitions .*\(action repeat 2\)"),
+        ({"batch_size": 41, "init_random_frames": 0}, "gives only 0 transitions"),
+        ({"buffer_size": 8}, "buffer_size is 8"),
+        ({"total_frames": 80}, "init_random_frames=80 leaves nothing of data.total_frames=80"),
+        ({"total_frames": 0}, "data.total_frames must be at least 1, but is 0"),
+        ({"eval_every": 0}, "data.eval_every must be at least 1"),
+        ({"updates_per_step": 0}, "data.updates_per_step must be above 0"),
+        ({"steps_per_collection": 0}, "data.steps_per_collection must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)

@@ -1,0 +1,57 @@
+"""Every shipped recipe parses, builds its parts and explains itself."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from muon_rl.cli import main, recipes
+from muon_rl.cli.recipe_cli import RecipeCLI
+from muon_rl.cli.training import with_recipe_paths
+
+NAMES = sorted(recipes.shipped())
+
+
+def test_recipes_are_shipped():
+    assert {"sac_cheetah", "sac_cheetah_adamw", "sac_cartpole_swingup"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_builds_its_parts(name, workspace):
+    cli = RecipeCLI(with_recipe_paths(["fit", f"--config={name}"]))
+    groups = {group["name"] for group in cli.model.build_optimizer().param_groups}
+    case = "adamw" if name.endswith("adamw") else "muon"
+    assert f"actor/{case}" in groups
+    assert f"critic/{case}" in groups
+    assert cli.datamodule.total_updates > 0
+    assert not (workspace.folder / "mlflow.db.lock").exists() or not workspace.records
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_it_is_for(name, capsys):
+    first = recipes.shipped()[name].read_text().splitlines()[0]
+    assert first.startswith("# ")
+    main(["recipes"])
+    assert f"{name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_methods_have_names_of_their_own(name):
+    methods = [
+        yaml.safe_load(path.read_text())["method_name"] for path in recipes.shipped().values()
+    ]
+    assert len(set(methods)) == len(methods)
+
+
+def test_help_lists_every_key_of_a_recipe_with_a_sentence(capsys):
+    main(["fit", "--config", "sac_cheetah_adamw", "--help"])
+    text = capsys.readouterr().out
+    keys = ("env.domain", "data.total_frames", "model.gamma", "model.actor.hidden",
+            "model.optimizer.critic.muon.momentum", "checkpoint.folder", "trainer.accelerator",
+            "method_name", "ckpt_path")  # fmt: skip
+    for key in keys:
+        line = next(line for line in text.splitlines() if line.strip().startswith(f"--{key}"))
+        following = text[text.index(line) :].removeprefix(f"  --{key}").strip()
+        assert following[0].isalpha(), f"{key} has no sentence"
+    assert "[adamw]" in text  # the recipe's own value, not the default
+    assert "Gym" not in text.partition("the run")[0]  # nor another class than the recipe's
