@@ -71,9 +71,14 @@ class Agent(L.LightningModule):
         """Let a resumed fit begin a new epoch over the batches that are left.
 
         Lightning's own counters would call a finished run's one epoch done, and train 0 steps when
-        it is given more frames; what has been served is counted by the data module.
+        it is given more frames; what has been served is counted by the data module. The count of
+        optimizer steps alone goes on.
         """
-        checkpoint["loops"] = None
+        loops, checkpoint["loops"] = checkpoint["loops"], None
+        if loops is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
+            name = "epoch_loop.automatic_optimization.optim_progress"
+            progress.load_state_dict(loops["fit_loop"][name])
 
     def configure_optimizers(self) -> Muon:
         """Return the one optimizer that Lightning drives."""

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
@@ -15,8 +16,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
-
-DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 
 
 class MLflow(MLFlowLogger):
@@ -41,7 +40,9 @@ class MLflow(MLFlowLogger):
         run_id: str | None = None,
         tags: dict[str, Any] | None = None,
     ) -> None:
-        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+        # Absolute: MLflow keeps a store open by its address, wherever the process goes.
+        here = f"sqlite:///{Path('mlflow.db').absolute()}"
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or here
         with _one_process_at_a_time(uri):
             super().__init__(
                 experiment_name=experiment_name or "",

@@ -30,6 +30,11 @@ class Run:
     """A run's folder and its record in MLflow."""
 
     folder: Path
+    options: tuple[str, ...] = tuple(CHEETAH)
+
+    def fit(self, *options: str) -> None:
+        """Run a fit on cheetah-run with small networks."""
+        main(["fit", *self.options, *options])
 
     @property
     def client(self) -> MlflowClient:
@@ -71,5 +76,6 @@ def trained(tmp_path_factory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        main(["fit", *CHEETAH, "--data.total_frames=400"])
-    return Run(folder)
+        run = Run(folder)
+        run.fit("--data.total_frames=400")
+    return run
