@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
 
 
 class MLflow(MLFlowLogger):
@@ -83,8 +84,13 @@ class MLflow(MLFlowLogger):
         """Go on with a run: mark it as running and note up to which frame it has each metric.
 
         Args:
-            run_id: of a run in this store.
+            run_id: of a run; where this store does not have it, a new one begins.
         """
+        try:
+            self._mlflow_client.get_run(run_id)
+        except MlflowException:
+            self.tags = {**(self.tags or {}), "resumed_from": run_id}
+            return
         self._run_id = run_id
         client = self.experiment
         client.update_run(run_id, status="RUNNING")

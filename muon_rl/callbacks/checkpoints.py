@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 class Checkpoints(ModelCheckpoint):
@@ -38,7 +38,7 @@ class Checkpoints(ModelCheckpoint):
         )
         self.folder = folder
         self.enabled = enabled
-        self._saved_at: tuple[int, int] | None = None
+        self.saved_frames: int | None = None  # of the last checkpoint
 
     @property
     def last_path(self) -> Path:
@@ -63,10 +63,9 @@ class Checkpoints(ModelCheckpoint):
             self._save_last(trainer)
 
     def _save_last(self, trainer: L.Trainer) -> None:
-        fitting = trainer.state.fn == "fit"
-        frames: Any = getattr(trainer.datamodule, "frames", 0)
-        now = (trainer.global_step, frames)
-        if self.enabled and fitting and self._saved_at != now and frames > 0:
-            trainer.save_checkpoint(self.last_path)
+        frames: int = trainer.datamodule.frames
+        if self.enabled and trainer.state.fn == TrainerFn.FITTING and frames > 0:
+            if self.saved_frames != frames:
+                trainer.save_checkpoint(self.last_path)
             self.last_model_path = str(self.last_path)
-            self._saved_at = now
+            self.saved_frames = frames

@@ -48,6 +48,8 @@ def explain(message: str) -> str:
     """
     if (unknown := _UNKNOWN.search(message)) and "Parser key" not in message:
         return _explain_key(unknown)
+    if "arguments are required" in message:
+        return "env, data or model is missing: name a recipe, --config=NAME (see muon-rl recipes)."
     keyed = _KEY.match(message.strip())
     key, rest = (keyed["key"], keyed["rest"]) if keyed else ("", message.strip())
     came = None

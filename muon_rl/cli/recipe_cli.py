@@ -94,21 +94,15 @@ class RecipeCLI(LightningCLI):
         """The run's seed."""
         return int(self.settings.seed_everything)
 
-    @property
-    def has_saved(self) -> bool:
-        """Whether this run has a last checkpoint."""
-        return bool(self.checkpoints.last_model_path)
-
     # -- making the parts ----------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
         """Check what needs no parts."""
-        for part in ("env", "data", "model"):
-            if self.settings.get(part) is None:
-                raise ConfigError(
-                    f"{part} is missing: give a recipe with --config (muon-rl recipes lists the "
-                    f"shipped ones) or --{part}=CLASS."
-                )
+        if self.settings.get("env") is None:
+            raise ConfigError(
+                "env is missing: name a recipe, --config=NAME (see muon-rl recipes), or an "
+                "environment, --env=CLASS."
+            )
         torch.set_float32_matmul_precision(self.settings.matmul_precision)
         if self.subcommand == "validate":
             # A look at a checkpoint is no run.
@@ -157,6 +151,8 @@ class RecipeCLI(LightningCLI):
         self.checkpoint = runs.load_checkpoint(path)
         self.checkpoint_path = path
         runs.check_fit(self.checkpoint, self.model.state_dict(), path)
+        if self.subcommand == "fit":
+            runs.check_optimizer(self.checkpoint, self.model.build_optimizer())
         frames = self.checkpoint["muon_rl"]["frames"]
         if self.subcommand == "fit" and frames >= self.datamodule.total_frames:
             raise ConfigError(
@@ -214,8 +210,10 @@ class RecipeCLI(LightningCLI):
     def _folder(self) -> Path:
         """Return the run's folder: the resumed one's if it lies among ours, else a new one."""
         path = self.checkpoint_path
-        if path is not None and path.name in ("last.ckpt", "best.ckpt"):
-            return path.parent
+        if path is not None:
+            ours = runs.seed_folder(self.checkpoints.folder, self.method_name, self.seed)
+            if path.resolve().parent.parent == ours.resolve():
+                return path.parent
         return runs.new_folder(self.checkpoints.folder, self.method_name, self.seed)
 
     def _begin(self, logger: MLflow) -> None:

@@ -11,6 +11,17 @@ import torch
 from muon_rl.cli import ConfigError
 
 
+def seed_folder(folder: str, method_name: str, seed: int) -> Path:
+    """Return the folder of all runs of a method and seed.
+
+    Args:
+        folder: of all checkpoints.
+        method_name: of the runs.
+        seed: of the runs.
+    """
+    return Path(folder) / method_name / f"seed_{seed}"
+
+
 def new_folder(folder: str, method_name: str, seed: int) -> Path:
     """Return a folder for a new run that no other run has: ``<method>/seed_<seed>/<time>``.
 
@@ -19,7 +30,7 @@ def new_folder(folder: str, method_name: str, seed: int) -> Path:
         method_name: of the run.
         seed: of the run.
     """
-    parent = Path(folder) / method_name / f"seed_{seed}"
+    parent = seed_folder(folder, method_name, seed)
     name = time.strftime("%Y%m%d-%H%M%S")
     run, number = parent / name, 1
     while True:
@@ -47,7 +58,7 @@ def find_checkpoint(ckpt_path: str, folder: str, method_name: str, seed: int) ->
         if not Path(ckpt_path).is_file():
             raise ConfigError(f"There is no checkpoint {ckpt_path}: give a file, last or best.")
         return Path(ckpt_path)
-    parent = Path(folder) / method_name / f"seed_{seed}"
+    parent = seed_folder(folder, method_name, seed)
     # Names begin with the time, and the newest run that saved anything is meant.
     found = sorted(parent.glob(f"*/{ckpt_path}.ckpt"), key=lambda path: path.parent.name)
     if not found:
@@ -101,3 +112,32 @@ def check_fit(checkpoint: dict[str, Any], state: dict[str, Any], path: Path) -> 
                 f"{path} does not fit this config: {name} is {shapes[0]} in the checkpoint and "
                 f"{shapes[1]} in the model. Use the env and model settings that it was saved with."
             )
+
+
+def check_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raise if a config's optimizer is not the one that a resumed run goes on with.
+
+    Args:
+        checkpoint: as :func:`load_checkpoint` returns it.
+        optimizer: the config's; the checkpoint's settings would silently win over its own.
+
+    Raises:
+        ConfigError: naming the first group and setting that differ.
+    """
+    saved = checkpoint["optimizer_states"][0]["param_groups"]
+    ours = optimizer.param_groups
+    names = [[group["name"] for group in groups] for groups in (saved, ours)]
+    if names[0] != names[1]:
+        raise ConfigError(
+            f"The checkpoint's optimizer has the groups {', '.join(names[0])}, this config's "
+            f"{', '.join(names[1])}: a resumed run keeps its optimizer."
+        )
+    for before, now in zip(saved, ours, strict=True):
+        for option, value in now.items():
+            # A schedule moves lr; initial_lr is what the config said.
+            old = before.get("initial_lr", before["lr"]) if option == "lr" else before.get(option)
+            if option != "params" and old != value:
+                raise ConfigError(
+                    f"{option} of {now['name']} is {old} in the checkpoint and {value} in this "
+                    "config: a resumed run keeps its optimizer; begin a fresh one to change it."
+                )

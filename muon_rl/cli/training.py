@@ -31,8 +31,12 @@ def main(arguments: list[str]) -> None:
     try:
         cli = RecipeCLI(arguments)
         cli.run()
-    except (SIGTERMException, KeyboardInterrupt) as stop:
-        end_stopped(cli, stop)
+    except (SystemExit, KeyboardInterrupt) as stop:
+        # Lightning turns a second Ctrl-C into a plain exit with code 1.
+        was_stopped = isinstance(stop, (SIGTERMException, KeyboardInterrupt))
+        if not was_stopped and not (cli and cli.stop.interrupted):
+            raise
+        end_stopped(cli, isinstance(stop, KeyboardInterrupt))
 
 
 def quieten() -> None:
@@ -70,19 +74,19 @@ def config_paths(arguments: list[str]) -> list[str]:
     return paths + [w.removeprefix("--config=") for w in arguments if w.startswith("--config=")]
 
 
-def end_stopped(cli: RecipeCLI | None, stop: BaseException) -> NoReturn:
+def end_stopped(cli: RecipeCLI | None, by_keyboard: bool) -> NoReturn:
     """Say how to go on after a stop, and exit as the signal demands.
 
     Args:
         cli: the command that was stopped, if it had begun.
-        stop: what ended it.
+        by_keyboard: whether Ctrl-C ended it; the command knows of one that it took over itself.
     """
-    by_keyboard = isinstance(stop, KeyboardInterrupt) or bool(cli and cli.stop.interrupted)
-    if cli and cli.has_saved:
+    if cli and cli.checkpoints.saved_frames is not None:
         sys.stderr.write(
-            f"Stopped and saved at {cli.datamodule.frames:,} frames. To go on:\n"
+            f"Stopped; {cli.checkpoints.saved_frames:,} frames are saved. To go on:\n"
             f"  {cli.command} --ckpt_path={cli.checkpoints.last_path}\n"
         )
     else:
         sys.stderr.write("Stopped; nothing was saved.\n")
+    by_keyboard = by_keyboard or bool(cli and cli.stop.interrupted)
     raise SystemExit(128 + (signal.SIGINT if by_keyboard else signal.SIGTERM)) from None

@@ -130,6 +130,16 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(trained, workspace, cap
     assert torch.equal(ours["observation"], theirs["observation"])
 
 
+def test_a_checkpoint_of_another_store_begins_a_run_that_names_its_origin(trained, workspace):
+    workspace.fit("--data.total_frames=420", f"--ckpt_path={trained.checkpoint()}",
+                  "--checkpoint.folder=elsewhere")  # fmt: skip
+    (record,) = workspace.records
+    assert record.data.tags["resumed_from"] == trained.records[0].info.run_id
+    assert [frame for frame, _ in workspace.history("eval/return")] == [420]
+    assert load(trained.checkpoint())["muon_rl"]["frames"] == 400  # its own folder is left alone
+    assert list(workspace.folder.glob("elsewhere/*/*/*/last.ckpt"))
+
+
 def test_a_fresh_fit_overwrites_nothing(workspace):
     for _ in range(2):
         workspace.fit("--data.total_frames=140", "--data.eval_episodes=1")

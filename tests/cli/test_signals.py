@@ -1,0 +1,84 @@
+"""Ctrl-C and SIGTERM: saved, KILLED in MLflow, told how to go on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from muon_rl.cli import main
+
+PROGRAM = [sys.executable, "-c", "from muon_rl.cli import main; main()", "fit"]
+
+
+def start(workspace, *options):
+    bar = [word for word in workspace.options if "progress_bar" not in word]
+    return subprocess.Popen(
+        [*PROGRAM, *bar, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_line(process, text):
+    """Read the program's output up to a text."""
+    seen = ""
+    while text not in seen:
+        character = process.stdout.read(1)
+        assert character, f"ended before {text!r}: {process.stderr.read()}"
+        seen += character
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_training_saves_and_says_how_to_go_on(signum, code, workspace, capsys):
+    process = start(workspace, "--data.total_frames=1000000")
+    wait_for_line(process, "200 frames  eval")
+    time.sleep(1)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "--ckpt_path=" in errors
+    (record,) = workspace.records
+    assert record.info.status == "KILLED"
+    saved = torch.load(workspace.checkpoint(), weights_only=True)
+    frames = saved["muon_rl"]["frames"]
+    assert frames > 200
+    assert saved["global_step"] == (frames - 100) / 2
+    assert f"{frames:,} frames" in errors
+
+    # The command that it named goes on in the same run.
+    main(["fit", *workspace.options, f"--data.total_frames={frames + 40}",
+          f"--ckpt_path={workspace.checkpoint()}"])  # fmt: skip
+    (record,) = workspace.records
+    assert record.info.status == "FINISHED"
+    steps = [frame for frame, _ in workspace.history("train/loss_qvalue")]
+    assert steps == list(range(120, frames + 41, 20))
+
+
+def test_a_signal_in_the_warm_up_stops_too(workspace):
+    process = start(workspace, "--data.total_frames=10000000", "--data.init_random_frames=5000000")
+    wait_for_line(process, "Training")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    (record,) = workspace.records
+    assert record.info.status == "KILLED"
+    saved = torch.load(workspace.checkpoint(), weights_only=True)
+    assert 0 < saved["muon_rl"]["frames"] < 5_000_000
+    assert saved["global_step"] == 0
+
+
+def test_a_second_ctrl_c_stops_at_once(workspace):
+    process = start(workspace, "--data.total_frames=1000000", "--data.eval_episodes=1000")
+    wait_for_line(process, "Training")
+    time.sleep(4)  # into the long first evaluation
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert workspace.records[0].info.status == "KILLED"
