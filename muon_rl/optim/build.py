@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -80,16 +80,17 @@ class OptimizerConfig:
             ValueError: for an unknown option or case.
         """
         if isinstance(config, Mapping):
-            given = dict(_checked(cls, config, where=network))
-            if isinstance(given.get("muon"), Mapping):
-                muon = _checked(MuonConfig, given["muon"], where=f"{network}.muon")
-                given["muon"] = MuonConfig(**muon)
-            config = cls(**given)
+            config = cls(**_checked(cls, config, where=network))
         if not isinstance(config, cls):
             raise TypeError(
                 f"The optimizer of {network!r} must be an OptimizerConfig or a dict of its fields, "
                 f"not {config!r}."
             )
+        if isinstance(config.muon, Mapping):
+            muon = _checked(MuonConfig, config.muon, where=f"{network}.muon")
+            config = replace(config, muon=MuonConfig(**muon))
+        if not isinstance(config.muon, MuonConfig):
+            raise TypeError(f"{network}.muon must hold Muon's settings, but is {config.muon!r}.")
         for option, allowed in (("case", ("muon", "adamw", "adam")), ("aux", ("adamw", "adam"))):
             if getattr(config, option) not in allowed:
                 raise ValueError(
@@ -186,6 +187,11 @@ def _groups(
                 **adam,
             }
         ]
+    for pattern in [*config.muon.include, *config.muon.exclude]:
+        if not any(fnmatchcase(name, pattern) for name in roles):
+            raise ValueError(
+                f"{pattern!r} in {network}.muon fits no parameter; there are {', '.join(roles)}."
+            )
     chosen = [name for name, role in roles.items() if _takes(config.muon, name, role)]
     if not chosen:
         raise ValueError(

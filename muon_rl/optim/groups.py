@@ -113,6 +113,8 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{option} must be one number, or one a parameter, in {where}.")
     options = (per_parameter(group, "batch_dims"), per_parameter(group, "splits"))
     for p, batch_dims, splits in zip(group["params"], *options, strict=True):
+        if batch_dims < 0:
+            raise ValueError(f"batch_dims must be at least 0, but is {batch_dims} in {where}.")
         if p.ndim - batch_dims < 2:
             raise ValueError(
                 f"Muon needs matrices, but {name_of(group, p)!r} has shape {tuple(p.shape)} with "

@@ -144,6 +144,11 @@ class Muon(torch.optim.Optimizer):
         check_group(added)
         self.param_groups.append(added)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: torch's own leaves a subclass's attributes out."""
+        mine = ("on_nonfinite", "capturable", "skipped_steps")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in mine}}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient; ``grad is None`` leaves it as it is.
@@ -158,16 +163,11 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_sparse_gradients()
         if self.on_nonfinite != "propagate" and not self._gradients_are_finite():
             return loss
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if p.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"Muon takes dense gradients only, but {name_of(group, p)!r} has a "
-                        f"{p.grad.layout} one."
-                    )
             if params and group["algorithm"] == "muon":
                 self._muon(group, params)
             elif params:
@@ -241,6 +241,15 @@ class Muon(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
         )
+
+    def _refuse_sparse_gradients(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"Muon takes dense gradients only, but {name_of(group, p)!r} has a "
+                        f"{p.grad.layout} one."
+                    )
 
     def _gradients_are_finite(self) -> bool:
         """Check all gradients with one sync; raise or count what ``on_nonfinite`` asks for."""

@@ -11,13 +11,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
+from torchrl.modules.tensordict_module import rnn
 from torchrl.objectives import LossModule
 
 Role = Literal["first", "hidden", "last", "embedding", "norm", "bias", "other"]
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_GATES = {nn.GRU: 3, nn.GRUCell: 3, nn.LSTM: 4, nn.LSTMCell: 4, nn.RNN: 1, nn.RNNCell: 1}
+_GATES = {
+    **dict.fromkeys((nn.GRU, nn.GRUCell, rnn.GRU, rnn.GRUCell), 3),
+    **dict.fromkeys((nn.LSTM, nn.LSTMCell, rnn.LSTM, rnn.LSTMCell), 4),
+    **dict.fromkeys((nn.RNN, nn.RNNCell), 1),
+}
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,14 @@ class ParameterRole:
 
 @dataclass
 class _Leaf:
-    """A parameter's place: its name, its network, the module that owns it and its name there."""
+    """A parameter's place: its name, its network, the module that owns it and its name there.
+
+    A network may be made of several stems, as a critic of a Q-network and a value network: each
+    has a first and a last layer.
+    """
 
     name: str
-    network: str
+    stem: str
     owner: nn.Module | None
     local_name: str
     batch_dims: int
@@ -55,8 +64,9 @@ def _weight_splits(owner: nn.Module | None, local_name: str) -> int | None:
     if isinstance(owner, nn.MultiheadAttention):
         return {"in_proj_weight": 3}.get(local_name, 1 if local_name.endswith("weight") else None)
     for kind, gates in _GATES.items():
-        if isinstance(owner, kind):
-            return gates if local_name.startswith("weight") else None
+        if isinstance(owner, kind) and local_name.startswith("weight"):
+            # An LSTM's projection of its hidden state, weight_hr, is one matrix.
+            return 1 if local_name.startswith("weight_hr") else gates
     if isinstance(owner, (nn.Linear, nn.Bilinear, _ConvNd)):
         # torchrl's NoisyLinear keeps its mean in weight_mu.
         return 1 if local_name in ("weight", "weight_mu") else None
@@ -88,14 +98,14 @@ def _leaves(module: nn.Module) -> Iterator[_Leaf]:
             owner = _owner(module, path)
             # A loss's own parameter, such as log_alpha, is a network by itself.
             network = path[-1] if isinstance(owner, LossModule) else path[0]
-            yield _Leaf(name, network_of(network), owner, path[-1], 0)
+            yield _Leaf(name, network, owner, path[-1], 0)
             continue
         holder, _, attribute = prefix.rpartition(".")
         network = attribute.removesuffix("_params")
         functional_module = module.get_submodule(holder).__dict__.get(network)
         path = tuple(name.removeprefix(prefix + ".").split("."))
         owner = _owner(functional_module, path) if functional_module is not None else None
-        yield _Leaf(name, network_of(network), owner, path[-1], functional[prefix].batch_dims)
+        yield _Leaf(name, network, owner, path[-1], functional[prefix].batch_dims)
 
 
 def network_of(attribute: str) -> str:
@@ -117,10 +127,13 @@ def network_roles(module: nn.Module) -> dict[str, dict[str, ParameterRole]]:
     Raises:
         ValueError: if a lazy layer has no shape yet.
     """
-    networks: dict[str, list[_Leaf]] = {}
+    stems: dict[str, list[_Leaf]] = {}
     for leaf in _leaves(module):
-        networks.setdefault(leaf.network, []).append(leaf)
-    return {network: _roles(leaves) for network, leaves in networks.items()}
+        stems.setdefault(leaf.stem, []).append(leaf)
+    networks: dict[str, dict[str, ParameterRole]] = {}
+    for stem, leaves in stems.items():
+        networks.setdefault(network_of(stem), {}).update(_roles(leaves))
+    return networks
 
 
 def parameter_roles(module: nn.Module) -> dict[str, ParameterRole]:
