@@ -45,6 +45,9 @@ class Checkpoints(ModelCheckpoint):
         """Where the last checkpoint is saved."""
         return Path(self.dirpath or self.folder) / "last.ckpt"
 
+    def on_train_batch_end(self, *_: object) -> None:
+        """Save nothing: an evaluation, the end or a stop does."""
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the best checkpoint if it is one, and the last in any case."""
         super().on_validation_end(trainer, pl_module)
