@@ -15,6 +15,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.objectives import LossModule, TargetNetUpdater
 
+from muon_rl.data import ends
 from muon_rl.optim import Muon, OptimizerConfig, build_optimizer
 
 
@@ -95,7 +96,8 @@ class Agent(L.LightningModule):
         # Every target is detached, so one step on the sum is exact for each network.
         total = torch.stack(list(terms.values())).sum()
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            metrics = {f"train/{name}": value.item() for name, value in output.items()}
+            scalars = {name: value for name, value in output.items() if value.numel() == 1}
+            metrics = {f"train/{name}": value.item() for name, value in scalars.items()}
             metrics["train/frames_per_second"] = self._clock.read(self.frames)
             self.track(metrics | self.rates() | self.trainer.datamodule.take_episode_metrics())
         return total
@@ -132,7 +134,7 @@ class Agent(L.LightningModule):
 
         Its length is in frames; a ``score`` is recorded where the environment counts one.
         """
-        end = episode["next"][..., -1]
+        end = ends(episode)
         frames = end["step_count"].float().mean() * self.trainer.datamodule.env.action_repeat
         metrics = {"eval/return": end["episode_return"].mean(), "eval/length": frames}
         if end.get("score", None) is not None:

@@ -58,7 +58,19 @@ class Run:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
+    """Keep torch off the cores of others, in this process and in those that tests start."""
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a device that is not there, saying so."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 
 
 @pytest.fixture

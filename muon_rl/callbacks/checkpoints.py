@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -62,8 +63,13 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Save the last checkpoint, unless a second Ctrl-C asks for no delay."""
-        if not isinstance(exception, KeyboardInterrupt):
+        if isinstance(exception, KeyboardInterrupt):
+            return
+        try:
             self._save_last(trainer)
+        except OSError as error:
+            # What broke the run is to be seen, and its status to be set, on a full disk too.
+            sys.stderr.write(f"The last checkpoint could not be saved: {error}\n")
 
     def _save_last(self, trainer: L.Trainer) -> None:
         frames: int = trainer.datamodule.frames

@@ -245,7 +245,8 @@ class RecipeCLI(LightningCLI):
             best = self.checkpoints.best_model_score
             lines.append(f"  last return  {float(returned):.1f}")
             lines.append(f"  best return  {float(best if best is not None else returned):.1f}")
-        lines.append(f"  checkpoints  {folder}/ (best.ckpt, last.ckpt)")
+        if self.checkpoints.enabled:
+            lines.append(f"  checkpoints  {folder}/ (best.ckpt, last.ckpt)")
         for logger in loggers:
             lines.append(f"  MLflow run   {logger.run_id} in {logger.tracking_uri}")
             lines.append(f"  to look      mlflow ui --backend-store-uri {logger.tracking_uri}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from tensordict import TensorDictBase
@@ -16,14 +17,15 @@ _LONGEST = 10**9  # steps; episodes end by themselves
 
 
 class EvaluationEpisodes:
-    """Plays episodes with a policy, one at each step of an iteration.
+    """Plays episodes with a policy: one at each step of an iteration, or one batch of them.
 
     Training's random numbers stay untouched, and equal policies get equal returns.
 
     Args:
-        env: makes the environment, kept from one evaluation to the next.
+        env: makes the environment, kept from one evaluation to the next; a vectorised one plays
+            its whole batch of games at each step.
         policy: reads and writes the environment's keys.
-        episodes: number of episodes.
+        episodes: number of episodes, rounded up to whole batches.
         seed: of the first episode; the others follow it.
     """
 
@@ -34,18 +36,19 @@ class EvaluationEpisodes:
         self.policy = policy
         self.episodes = episodes
         self.seed = seed
-        self._env: EnvBase | None = None
+
+    @cached_property
+    def _env(self) -> EnvBase:
+        return self.factory.make()
 
     def __len__(self) -> int:
-        return self.episodes
+        return -(-self.episodes // self._env.batch_size.numel())
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """Yield each episode's steps, a tensordict of shape ``(steps,)``."""
-        return map(self._play, range(self.seed, self.seed + self.episodes))
+        """Yield the steps of each episode, a tensordict of shape ``(*games, steps)``."""
+        return map(self._play, range(self.seed, self.seed + len(self)))
 
     def _play(self, seed: int) -> TensorDictBase:
-        if self._env is None:
-            self._env = self.factory.make()
         with (
             torch.random.fork_rng(),
             torch.no_grad(),
@@ -53,4 +56,24 @@ class EvaluationEpisodes:
         ):
             torch.manual_seed(seed)
             self._env.set_seed(seed)
-            return self._env.rollout(_LONGEST, self.policy, auto_cast_to_device=True)
+            return self._env.rollout(
+                _LONGEST,
+                self.policy,
+                auto_cast_to_device=True,
+                break_when_any_done=not self._env.batch_size,
+                break_when_all_done=bool(self._env.batch_size),
+            )
+
+
+def ends(episodes: TensorDictBase) -> TensorDictBase:
+    """Return the last step of each episode: the first that is done.
+
+    Args:
+        episodes: of shape ``(*games, steps)``; a game that ended before others may go on.
+
+    Returns:
+        The ``next`` part of those steps, of shape ``(*games,)``.
+    """
+    following = episodes["next"]
+    last = following["done"].squeeze(-1).int().argmax(-1, keepdim=True)
+    return following.gather(-1, last).squeeze(-1)

@@ -183,6 +183,26 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_keeps_the_last_checkpoint(
     assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
 
 
+def test_a_full_disk_fails_the_run_and_keeps_the_checkpoint_that_was_there(
+    workspace, monkeypatch, capsys
+):
+    import lightning.fabric.plugins.io.torch_io as io
+
+    save = io._atomic_save
+
+    def full(checkpoint, path):
+        if checkpoint["muon_rl"]["frames"] > 200:
+            raise OSError(28, "No space left on device")
+        save(checkpoint, path)
+
+    monkeypatch.setattr(io, "_atomic_save", full)
+    with pytest.raises(OSError, match="No space left"):
+        workspace.fit("--data.total_frames=400")
+    assert [record.info.status for record in workspace.records] == ["FAILED"]
+    assert torch.load(workspace.checkpoint(), weights_only=True)["muon_rl"]["frames"] == 200
+    assert "could not be saved" in capsys.readouterr().err
+
+
 def test_the_default_of_every_top_key_is_in_the_dumped_config(trained):
     config = yaml.safe_load(
         torch.load(trained.checkpoint(), weights_only=True)["muon_rl"]["config"]

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from muon_rl.recipes.sac import SAC, SACData
+from tensordict import TensorDict
 
+from muon_rl.data import ends
 from muon_rl.envs import DMControl
 
 ENV = DMControl("cartpole", "swingup", action_repeat=2)
@@ -122,6 +124,14 @@ def test_evaluation_leaves_the_random_numbers_of_training_alone():
     torch.manual_seed(5)
     again = [episode["next", "episode_return"][-1] for episode in data.val_dataloader()]
     assert first == again
+
+
+def test_the_end_of_each_game_is_its_first_done_step():
+    done = torch.tensor([[0, 0, 1, 0, 1], [0, 0, 0, 0, 1], [1, 0, 0, 1, 0]], dtype=torch.bool)
+    score = torch.arange(15.0).reshape(3, 5, 1)
+    games = TensorDict({"next": {"done": done[..., None], "score": score}}, [3, 5])
+    assert ends(games)["score"].flatten().tolist() == [2, 9, 10]
+    assert ends(games[1])["score"].tolist() == [9]
 
 
 @pytest.mark.parametrize(
