@@ -76,9 +76,10 @@ class MLflow(MLFlowLogger):
             run_name: if none was given.
             tags: of the run; the user's own stand.
         """
-        self._experiment_name = self._experiment_name or experiment_name
-        self._run_name = self._run_name or run_name
-        self.tags = {**tags, **(self.tags or {})}
+        mine: Any = self
+        mine._experiment_name = mine._experiment_name or experiment_name
+        mine._run_name = mine._run_name or run_name
+        mine.tags = {**tags, **(mine.tags or {})}
 
     def resume(self, run_id: str) -> None:
         """Go on with a run: mark it as running and note up to which frame it has each metric.
@@ -89,7 +90,8 @@ class MLflow(MLFlowLogger):
         try:
             self._mlflow_client.get_run(run_id)
         except MlflowException:
-            self.tags = {**(self.tags or {}), "resumed_from": run_id}
+            mine: Any = self
+            mine.tags = {**(mine.tags or {}), "resumed_from": run_id}
             return
         self._run_id = run_id
         client = self.experiment

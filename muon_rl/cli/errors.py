@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import inspect
 import re
 import traceback
-import typing
 from collections.abc import Iterator
 
 import lightning as L
@@ -15,7 +13,7 @@ import lightning as L
 from muon_rl import modules
 from muon_rl.agent import Agent
 from muon_rl.callbacks import Checkpoints
-from muon_rl.cli.parts import concrete_subclasses, own_parts
+from muon_rl.cli.parts import concrete_subclasses, hints_of, own_parts
 from muon_rl.data import AgentData
 from muon_rl.envs import EnvFactory
 
@@ -161,7 +159,6 @@ def _keys(cls: type, seen: set[type]) -> Iterator[tuple[str, tuple[str, ...]]]:
     yield cls.__name__, tuple(names)
     if cls is L.Trainer:
         return
-    typed = cls if dataclasses.is_dataclass(cls) else cls.__init__
-    for hint in typing.get_type_hints(typed).values():
+    for hint in hints_of(cls).values():
         for part in own_parts(hint):
             yield from _keys(part, seen)

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import shutil
 import textwrap
-import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ import yaml
 
 from muon_rl.agent import Agent
 from muon_rl.callbacks import Checkpoints
-from muon_rl.cli.parts import concrete_subclasses, own_parts
+from muon_rl.cli.parts import concrete_subclasses, hints_of, own_parts
 from muon_rl.data import AgentData
 from muon_rl.envs import EnvFactory
 
@@ -84,11 +83,11 @@ def _section(title: str, cls: type, prefix: str, given: dict[str, Any]) -> list[
 
 def _rows(cls: type, prefix: str, given: dict[str, Any]) -> Iterator[Row]:
     """Yield key, sentence and value for each parameter of a class and of its parts."""
-    docs = {}
+    docs: dict[str, str | None] = {}
     for owner in reversed(cls.__mro__):
-        for text in (owner.__doc__, owner.__init__.__doc__):
+        for text in (owner.__doc__, vars(owner).get("__init__", owner).__doc__):
             docs |= {p.arg_name: p.description for p in docstring_parser.parse(text or "").params}
-    hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
+    hints = hints_of(cls)
     for name, parameter in inspect.signature(cls).parameters.items():
         if name in ("env", "specs"):
             continue
@@ -101,8 +100,8 @@ def _rows(cls: type, prefix: str, given: dict[str, Any]) -> Iterator[Row]:
         part = parts[0]
         if not dataclasses.is_dataclass(part):
             yield f"{prefix}.{name}", sentence, part.__name__
-        nested = value if isinstance(value, dict) else {}
-        if dataclasses.is_dataclass(value):
+        nested: dict[str, Any] = value if isinstance(value, dict) else {}
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             nested = dataclasses.asdict(value)
         yield from _rows(part, f"{prefix}.{name}", nested.get("init_args", nested))
 

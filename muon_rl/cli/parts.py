@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import typing
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ def concrete_subclasses(base: type) -> Iterator[Any]:
     Args:
         base: such as ``Agent``; only imported subclasses are found.
     """
+    cls: type
     for cls in base.__subclasses__():
         if not inspect.isabstract(cls):
             yield cls
@@ -32,3 +34,15 @@ def own_parts(hint: Any) -> list[type]:
     classes = filter(inspect.isclass, (*typing.get_args(hint), hint))
     ours = [cls for cls in classes if cls.__module__.startswith("muon_rl")]
     return [cls for cls in ours if not issubclass(cls, (EnvFactory, Specs))]
+
+
+def hints_of(cls: type) -> dict[str, Any]:
+    """Return the type hints of a class's parameters.
+
+    Args:
+        cls: a dataclass, or any class with an annotated ``__init__``, inherited ones included.
+    """
+    if dataclasses.is_dataclass(cls):
+        return typing.get_type_hints(cls)
+    makers = (vars(owner)["__init__"] for owner in cls.__mro__ if "__init__" in vars(owner))
+    return typing.get_type_hints(next(makers))

@@ -193,7 +193,7 @@ class RecipeCLI(LightningCLI):
 
     def _validate(self) -> None:
         """Play one evaluation and print its means."""
-        frames = self.checkpoint["muon_rl"]["frames"]
+        frames = self.checkpoint["muon_rl"]["frames"] if self.checkpoint else 0
         self.checkpoint = None
         self.trainer.validate(
             self.model,

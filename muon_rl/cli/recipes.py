@@ -10,7 +10,7 @@ from pathlib import Path
 
 from muon_rl.cli import ConfigError
 
-FOLDER = Path(importlib.import_module("muon_rl.recipes").__file__).parent
+FOLDER = Path(str(importlib.import_module("muon_rl.recipes").__file__)).parent
 
 
 def import_pages() -> None:

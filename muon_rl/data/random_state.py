@@ -11,7 +11,8 @@ import torch
 
 def get() -> dict[str, Any]:
     """Return the states of torch (with CUDA), numpy and Python."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, position, has_gauss, gauss = state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

@@ -69,7 +69,7 @@ class ReplayData(AgentData):
         self.buffer_size = buffer_size
         self.updates_per_step = updates_per_step
         self.steps_per_collection = steps_per_collection
-        self.buffer: ReplayBuffer | None = None
+        self.buffer: Any = None  # made in setup
         if batch_size > min(self.init_random_steps, buffer_size):
             raise ValueError(
                 f"data.batch_size is {batch_size}, but data.init_random_frames="
@@ -112,7 +112,8 @@ class ReplayData(AgentData):
         """Yield samples, collecting whenever the frames so far allow no further update."""
         loss = self.trainer.lightning_module.loss
         while self.updates < self.total_updates:
-            while self.is_up_to_date:
+            # A run resumed without its buffer has to fill one first.
+            while self.is_up_to_date or len(self.buffer) < self.batch_size:
                 rollout = self.collect()
                 # Only what the loss reads: during the warm-up the policy has written nothing.
                 self.buffer.extend(rollout.select(*loss.in_keys).reshape(-1))

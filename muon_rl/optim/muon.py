@@ -167,14 +167,14 @@ class Muon(torch.optim.Optimizer):
         if self.on_nonfinite != "propagate" and not self._gradients_are_finite():
             return loss
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params: list[Any] = [p for p in group["params"] if p.grad is not None]
             if params and group["algorithm"] == "muon":
                 self._muon(group, params)
             elif params:
                 self._adam(group, params)
         return loss
 
-    def _muon(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _muon(self, group: dict[str, Any], params: list[Any]) -> None:
         grads = [p.grad for p in params]
         buffers = []
         for p in params:
@@ -192,7 +192,8 @@ class Muon(torch.optim.Optimizer):
         shapes = dict(zip(group["params"], matrix_shapes(group), strict=True))
         for index, (p, update) in enumerate(zip(params, updates, strict=True)):
             views.append(update.reshape(-1, *shapes[p]))
-            stacks[(*shapes[p], update.dtype, update.device)].append(index)
+            key = (*shapes[p], update.dtype, update.device)
+            stacks[key].append(index)
         if group["weight_decay"] != 0:
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         for (rows, columns, *_), members in stacks.items():
@@ -213,7 +214,7 @@ class Muon(torch.optim.Optimizer):
                 else:
                     params[i].add_(update, alpha=-rate)
 
-    def _adam(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _adam(self, group: dict[str, Any], params: list[Any]) -> None:
         on_device = self.capturable or bool(group["fused"])
         for p in params:
             state = self.state[p]

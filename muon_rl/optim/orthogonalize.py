@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def resolve_coefficients(
         triples: Sequence = COEFFICIENTS[coefficients]
     else:
         try:
-            given = list(coefficients)
+            given: list[Any] = list(coefficients)
             triples = [given] if not isinstance(given[0], Sequence) else given
             triples = [tuple(float(number) for number in triple) for triple in triples]
         except (TypeError, ValueError, IndexError) as error:

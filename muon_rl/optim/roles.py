@@ -190,7 +190,8 @@ def _roles(leaves: list[_Leaf]) -> dict[str, ParameterRole]:
             roles[leaf.name] = ParameterRole("other", leaf.batch_dims)
 
     ordered = list(layers.values())
-    for names, place in ((ordered[0], "first"), (ordered[-1], "last")) if ordered else ():
-        for name in names:
-            roles[name] = replace(roles[name], role=place)
+    for name in ordered[0] if ordered else ():
+        roles[name] = replace(roles[name], role="first")
+    for name in ordered[-1] if ordered else ():
+        roles[name] = replace(roles[name], role="last")
     return roles

@@ -211,3 +211,11 @@ def test_the_bar_counts_frames(workspace, capsys):
     assert f"return {value:.1f}" in out
     assert "v_num" not in out
     assert json.dumps(out).count("200 frames  eval/length 1000.0") == 1
+
+
+def test_a_run_without_its_buffer_fills_one_before_it_goes_on(workspace):
+    workspace.fit("--data.total_frames=200", "--data.save_buffer=false")
+    assert "contents" not in load(workspace.checkpoint())["SACData"]
+    workspace.fit("--data.total_frames=300", "--data.save_buffer=false", "--ckpt_path=last")
+    assert load(workspace.checkpoint())["global_step"] == 100
+    assert [frame for frame, _ in workspace.history("eval/return")] == [200, 300]
