@@ -43,8 +43,10 @@ PARTS = [
 FIRST = 500  # updates left out
 
 
-def timed(times: list[float], function):
-    """Return a function that adds its seconds to a list."""
+def timed(times: dict[str, list[float]], label: str, function):
+    """Return a function that adds its seconds to a list; the first updates clear all lists."""
+
+    counting: list[bool] = []
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -52,7 +54,10 @@ def timed(times: list[float], function):
         try:
             return function(*args, **kwargs)
         finally:
-            times.append(time.perf_counter() - begin)
+            times[label].append(time.perf_counter() - begin)
+            if label == PARTS[0][0] and len(times[label]) == FIRST and not counting:
+                times.clear()
+                counting.append(True)
 
     return wrapper
 
@@ -68,7 +73,7 @@ def main() -> None:
 
     times: dict[str, list[float]] = defaultdict(list)
     for label, owner, method in PARTS:
-        setattr(owner, method, timed(times[label], getattr(owner, method)))
+        setattr(owner, method, timed(times, label, getattr(owner, method)))
     updates = options.updates + FIRST
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -80,9 +85,8 @@ def main() -> None:
             "--data.eval_episodes=1", f"--matmul_precision={options.precision}",
         ])  # fmt: skip
     print(f"\n{'part':40} {'ms/update':>10} {'calls/update':>13} {'median ms':>10}")
-    for label, seconds in times.items():
-        counted = seconds[len(seconds) * FIRST // updates :]
-        if counted:
+    for label, _, _ in PARTS:
+        if counted := times[label]:
             calls = len(counted) / options.updates
             print(
                 f"{label:40} {1e3 * mean(counted) * calls:10.2f} {calls:13.2f} "
