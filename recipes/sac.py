@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import BaseCollector, Collector
@@ -45,6 +46,13 @@ class SACData(ReplayData):
 
 
 @dataclass
+class AlphaOptimizer(OptimizerConfig):
+    """How the entropy coefficient is optimized: a number, so by Adam unless set."""
+
+    case: Literal["muon", "adamw", "adam"] = "adam"
+
+
+@dataclass
 class SACOptimizers:
     """The optimizer of each of SAC's networks.
 
@@ -56,7 +64,7 @@ class SACOptimizers:
 
     actor: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic: OptimizerConfig = field(default_factory=OptimizerConfig)
-    alpha: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(case="adam"))
+    alpha: AlphaOptimizer = field(default_factory=AlphaOptimizer)
 
 
 class SAC(Agent):
@@ -67,7 +75,7 @@ class SAC(Agent):
         actor: makes the policy from the environment's specs.
         critic: makes one Q-network from the environment's specs.
         optimizer: of actor, critic and alpha.
-        num_critics: Q-networks; their minimum is the target.
+        num_critics: Q-networks, at least 2; their minimum is the target.
         gamma: discount per agent step, in [0, 1].
         tau: share of the online critics that moves into the targets at each update, in (0, 1].
         max_grad_norm: bound on the norm of all gradients together; null for none.
@@ -84,9 +92,16 @@ class SAC(Agent):
         tau: float = 0.005,
         max_grad_norm: float | None = None,
     ) -> None:
+        if num_critics < 2:
+            # TorchRL's loss leaves the parameters of a single one out (torchrl 0.14).
+            raise ValueError(f"model.num_critics must be at least 2, but is {num_critics}.")
+        for name, share in (("gamma", gamma), ("tau", tau)):
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"model.{name} must be in [0, 1], but is {share}.")
         policy = actor(env.specs)
         # A list, because from a single critic TorchRL would draw new weights for the others.
-        loss = SACLoss(policy, [critic(env.specs) for _ in range(num_critics)])
+        critics = [critic(env.specs) for _ in range(num_critics)]
+        loss = SACLoss(policy, critics, num_qvalue_nets=num_critics)
         loss.make_value_estimator(gamma=gamma)
         _ = loss.target_entropy  # makes the lazy buffer, which a checkpoint must find
         super().__init__(

@@ -80,6 +80,21 @@ def test_every_network_is_trained_and_targets_follow_slowly():
             assert not torch.equal(before[name], value)
 
 
+@pytest.mark.parametrize("num_critics", [2, 5])
+def test_each_of_the_critics_is_trained_and_differs(num_critics):
+    agent = SAC(ENV, num_critics=num_critics)
+    fit(agent)
+    weights = [p for p in agent.loss.qvalue_network_params.parameters() if p.ndim == 3]
+    assert {len(p) for p in weights} == {num_critics}
+    assert all(not torch.equal(p[0], p[-1]) for p in weights)
+
+
+@pytest.mark.parametrize("option", [{"num_critics": 1}, {"tau": 2.0}, {"gamma": -0.1}])
+def test_a_number_out_of_range_is_refused(option):
+    with pytest.raises(ValueError, match=f"model.{next(iter(option))} must be"):
+        SAC(ENV, **option)
+
+
 def test_gradients_are_clipped_together():
     norms = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -25,8 +26,8 @@ class Checkpoints(ModelCheckpoint):
     def __init__(
         self,
         folder: str = "checkpoints",
-        monitor: str = "eval/return",
-        mode: str = "max",
+        monitor: Literal["eval/return", "eval/length", "eval/score"] = "eval/return",
+        mode: Literal["max", "min"] = "max",
         enabled: bool = True,
     ) -> None:
         super().__init__(
@@ -63,7 +64,8 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Save the last checkpoint, unless a second Ctrl-C asks for no delay."""
-        if isinstance(exception, KeyboardInterrupt):
+        # Numbers that are not finite may lie in the buffer: what was saved before them is better.
+        if isinstance(exception, (KeyboardInterrupt, FloatingPointError)):
             return
         try:
             self._save_last(trainer)

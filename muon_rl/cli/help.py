@@ -72,8 +72,14 @@ def load(paths: list[str]) -> dict[str, Any] | None:
     merged: dict[str, Any] | None = None
     for path in paths:
         with open(path) as file:
-            merged = {**(merged or {}), **(yaml.safe_load(file) or {})}
+            merged = _merge(merged or {}, yaml.safe_load(file) or {})
     return merged
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return two nested dicts as one, the new values winning."""
+    both = {k: _merge(old[k], v) for k, v in new.items() if isinstance(v, dict) and k in old}
+    return {**old, **new, **both}
 
 
 def _section(title: str, cls: type, prefix: str, given: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from muon_rl.agent import Agent
 from muon_rl.callbacks import FramesProgressBar, GracefulStop
@@ -81,6 +82,13 @@ class RecipeCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leave out Lightning's reading of hyperparameters: the command line is to win."""
 
+    def _set_seed(self) -> None:
+        """Seed everything, with a number that tells the run apart."""
+        seed = self.settings.seed_everything
+        if seed is False or (seed is not True and not 0 <= seed < 2**32):
+            raise ConfigError(f"seed_everything must be from 0 to 2**32 - 1, but is {seed}.")
+        super()._set_seed()
+
     def _run_subcommand(self, subcommand: str) -> None:
         """Leave running to :meth:`run`, so that a stopped run still has its parts at hand."""
 
@@ -112,9 +120,9 @@ class RecipeCLI(LightningCLI):
         """Make environment, data, model and trainer; a constructor's ValueError is a mistake."""
         try:
             super().instantiate_classes()
-        except (ValueError, ConfigError) as error:
+        except (ValueError, ConfigError, MisconfigurationException) as error:
             root = root_of(error)
-            if isinstance(root, (ValueError, ConfigError)):
+            if isinstance(root, (ValueError, ConfigError, MisconfigurationException)):
                 raise ConfigError(str(root)) from error
             raise root from None
 
@@ -125,6 +133,10 @@ class RecipeCLI(LightningCLI):
         self.method_name = (
             self.settings.method_name or f"{type(self.model).__name__}_{self.env.task}"
         )
+        if self.method_name in (".", "..") or set("/\\") & set(self.method_name):
+            raise ConfigError(
+                f"method_name names a folder, so it takes no slash, but is {self.method_name!r}."
+            )
         self._find_checkpoint()
         trainer = dict(self.config_init[self.subcommand].trainer)
         callbacks: list[Callback] = [*(trainer.pop("callbacks") or [])]
@@ -181,7 +193,8 @@ class RecipeCLI(LightningCLI):
     def _fit(self) -> None:
         ckpt_path = None if self.checkpoint_path is None else str(self.checkpoint_path)
         folder = self._folder()
-        self.checkpoints.dirpath = str(folder)
+        # Absolute: Lightning forgets the best checkpoint where the folder is written otherwise.
+        self.checkpoints.dirpath = str(folder.resolve())
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, MLflow)]
         for logger in loggers:
             self._begin(logger)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import ReplayBuffer
 
@@ -62,7 +64,7 @@ class ReplayData(AgentData):
             buffer_size=buffer_size,
             steps_per_collection=steps_per_collection,
         )
-        if updates_per_step <= 0:
+        if not 0 < updates_per_step < math.inf:
             raise ValueError(f"data.updates_per_step must be above 0, but is {updates_per_step}.")
         self.init_random_frames = init_random_frames
         self.batch_size = batch_size
@@ -81,6 +83,11 @@ class ReplayData(AgentData):
             raise ValueError(
                 f"data.init_random_frames={init_random_frames} leaves nothing of "
                 f"data.total_frames={total_frames} for training."
+            )
+        if self.total_updates < 1:
+            raise ValueError(
+                f"data.total_frames={total_frames} and data.updates_per_step={updates_per_step} "
+                "leave no update: raise one of them."
             )
 
     @abstractmethod
@@ -130,6 +137,7 @@ class ReplayData(AgentData):
         # Not the buffer's own state_dict: that is as large as its capacity, filled or not. A
         # clone, because a view is saved with all of the storage that it looks at.
         return {
+            "capacity": self.buffer_size,
             "transitions": self.buffer[:].clone().to_dict(retain_none=False),
             "writer": dict(self.buffer.writer.state_dict()),
             "sampler": dict(self.buffer.sampler.state_dict()),
@@ -145,8 +153,14 @@ class ReplayData(AgentData):
                 f"The checkpoint holds {len(transitions)} transitions, but data.buffer_size is "
                 f"{self.buffer_size}: raise it to at least as many."
             )
-        self.buffer.extend(transitions)
-        self.buffer.writer.load_state_dict(contents["writer"])
+        if contents["capacity"] == self.buffer_size:
+            self.buffer.extend(transitions)
+            self.buffer.writer.load_state_dict(contents["writer"])
+        else:
+            # The place of the next write is another one here: the oldest go first.
+            oldest = contents["writer"]["_cursor"] % len(transitions)
+            order = torch.arange(len(transitions)).roll(-oldest)
+            self.buffer.extend(transitions[order])
         self.buffer.sampler.load_state_dict(contents["sampler"])
 
     def _whole_collections(self, frames: int) -> int:

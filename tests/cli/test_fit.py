@@ -12,7 +12,7 @@ import yaml
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 import muon_rl
-from muon_rl.cli import main
+from muon_rl.cli import main, recipes
 from muon_rl.envs import DMControl
 
 
@@ -219,3 +219,19 @@ def test_a_run_without_its_buffer_fills_one_before_it_goes_on(workspace):
     workspace.fit("--data.total_frames=300", "--data.save_buffer=false", "--ckpt_path=last")
     assert load(workspace.checkpoint())["global_step"] == 100
     assert [frame for frame, _ in workspace.history("eval/return")] == [200, 300]
+
+
+def test_an_absolute_path_keeps_the_best_checkpoint(workspace):
+    workspace.fit("--data.total_frames=300")
+    best, value = max(workspace.history("eval/return"), key=lambda point: point[1])
+    workspace.fit("--data.total_frames=320", f"--ckpt_path={workspace.checkpoint()}")
+    if workspace.history("eval/return")[-1][1] <= value:
+        assert load(workspace.checkpoint("best"))["muon_rl"]["frames"] == best
+
+
+def test_a_recipe_may_leave_the_optimizers_out(workspace):
+    text = recipes.shipped()["sac_cheetah"].read_text()
+    (workspace.folder / "bare.yaml").write_text(text[: text.index("    optimizer:")])
+    main(["fit", "--config=bare.yaml", *workspace.options[1:], "--data.total_frames=140"])
+    groups = load(workspace.checkpoint())["optimizer_states"][0]["param_groups"]
+    assert [group["name"] for group in groups][-1] == "alpha/adam"

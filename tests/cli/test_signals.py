@@ -45,7 +45,8 @@ def test_a_signal_while_training_saves_and_says_how_to_go_on(signum, code, works
     saved = torch.load(workspace.checkpoint(), weights_only=True)
     frames = saved["muon_rl"]["frames"]
     assert frames > 200
-    assert saved["global_step"] == (frames - 100) / 2
+    # The recipe collects 10 steps at a time: up to 9 of their updates may still be to come.
+    assert 0 <= (frames - 100) // 2 - saved["global_step"] < 10
     assert f"{frames:,} frames" in errors
 
     # The command that it named goes on in the same run.

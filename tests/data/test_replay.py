@@ -116,6 +116,36 @@ def test_a_full_buffer_is_restored_in_its_order():
     assert other.buffer.writer.state_dict() == data.buffer.writer.state_dict()
 
 
+@pytest.mark.parametrize("frames", [170, 200])
+def test_a_wrapped_buffer_moves_into_a_larger_one_oldest_first(frames):
+    data = make(buffer_size=30, total_frames=frames)
+    for _ in data.train_dataloader():
+        pass
+    larger = make(buffer_size=60, total_frames=frames)
+    larger.load_state_dict(data.state_dict())
+    cursor = data.buffer.writer.state_dict()["_cursor"] % 30
+    order = torch.arange(30).roll(-cursor)
+    assert torch.equal(larger.buffer[:]["observation"], data.buffer[:]["observation"][order])
+    assert larger.buffer.writer.state_dict()["_cursor"] == 30
+
+
+def test_seeds_of_the_environment_follow_the_global_seed():
+    first = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        first.append(make().collect()["observation"])
+    assert torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], first[2])
+
+
+def test_the_metrics_of_an_episode_are_given_once():
+    data = make(total_frames=1200, init_random_frames=1100)
+    for _ in data.train_dataloader():
+        pass
+    assert data.take_episode_metrics()["train/episode_length"] == 1000
+    assert data.take_episode_metrics() == {}
+
+
 def test_evaluation_leaves_the_random_numbers_of_training_alone():
     data = make(eval_episodes=1)
     before = torch.get_rng_state()
@@ -144,6 +174,8 @@ def test_the_end_of_each_game_is_its_first_done_step():
         ({"total_frames": 0}, "data.total_frames must be at least 1, but is 0"),
         ({"eval_every": 0}, "data.eval_every must be at least 1"),
         ({"updates_per_step": 0}, "data.updates_per_step must be above 0"),
+        ({"updates_per_step": 0.001}, "leave no update"),
+        ({"updates_per_step": float("nan")}, "data.updates_per_step must be above 0"),
         ({"steps_per_collection": 0}, "data.steps_per_collection must be at least 1"),
     ],
 )
