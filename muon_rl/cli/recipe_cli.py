@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,24 @@ TRAINER_DEFAULTS = {
 }
 
 
+def command_without_checkpoint(arguments: list[str]) -> str:
+    """Return the command line, quoted for a shell, for a ``--ckpt_path`` to be put behind it.
+
+    Args:
+        arguments: of the command line; ``--ckpt_path=X`` and ``--ckpt_path X`` are left out.
+
+    Example:
+        >>> command_without_checkpoint(["fit", "--ckpt_path", "last", "--model.actor={hidden: [3]}"])
+        "muon-rl fit '--model.actor={hidden: [3]}'"
+    """
+    kept = [
+        word
+        for before, word in pairwise(["", *arguments])
+        if before != "--ckpt_path" and word.partition("=")[0] != "--ckpt_path"
+    ]
+    return shlex.join(["muon-rl", *kept])
+
+
 class RecipeCLI(LightningCLI):
     """Parses a recipe, makes its parts and runs them.
 
@@ -44,9 +64,7 @@ class RecipeCLI(LightningCLI):
         self.stop = GracefulStop()
         self.checkpoint: dict[str, Any] | None = None
         self.checkpoint_path: Path | None = None
-        self.command = "muon-rl " + " ".join(
-            word for word in arguments if not word.startswith("--ckpt_path")
-        )
+        self.command = command_without_checkpoint(arguments)
         # jsonargparse would otherwise take --trainer.max_epoch for --trainer.max_epochs.
         strict = {"allow_abbrev": False}
         sys.argv = sys.argv[:1]
