@@ -38,8 +38,8 @@ def command_without_checkpoint(arguments: list[str]) -> str:
         arguments: of the command line; ``--ckpt_path=X`` and ``--ckpt_path X`` are left out.
 
     Example:
-        >>> command_without_checkpoint(["fit", "--ckpt_path", "last", "--model.actor={hidden: [3]}"])
-        "muon-rl fit '--model.actor={hidden: [3]}'"
+        >>> command_without_checkpoint(["fit", "--ckpt_path", "last", "--model.actor={a: 3}"])
+        "muon-rl fit '--model.actor={a: 3}'"
     """
     kept = [
         word
