@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -13,10 +13,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torchrl.objectives import LossModule, TargetNetUpdater
 
-from muon_rl.data import ends
+from muon_rl.data import AgentData, ends
 from muon_rl.optim import Muon, OptimizerConfig, build_optimizer
+from muon_rl.optim.clipping import check_max_norm, clip_gradients
+from muon_rl.optim.groups import next_momentum
+from muon_rl.optim.schedules import anneal_learning_rates, refresh_learning_rates
 
 
 class Agent(L.LightningModule):
@@ -31,10 +36,14 @@ class Agent(L.LightningModule):
         optimizer: an :class:`~muon_rl.optim.OptimizerConfig`, or a dict of its fields, for each
             network of the loss (see :func:`~muon_rl.optim.build_optimizer`).
         targets: updaters of the loss's target networks, stepped after each update.
-        max_grad_norm: bound on the norm of all gradients together; ``None`` for none.
+        max_grad_norm: bound on the norm of all gradients together, or a dict of bounds for single
+            networks; ``None`` for none.
+        anneal_lr: whether all learning rates fall along a line, to 0 after the last update; or
+            what makes one of torch's schedulers, stepped after each update, of the optimizer.
 
     Raises:
-        ValueError: if the optimizer's configs do not fit the loss's networks.
+        ValueError: if the optimizer's configs, the bounds or the scheduler do not fit the loss's
+            networks.
     """
 
     def __init__(
@@ -44,20 +53,27 @@ class Agent(L.LightningModule):
         policy: TensorDictModuleBase,
         optimizer: Mapping[str, OptimizerConfig | Mapping[str, Any]],
         targets: Sequence[TargetNetUpdater] = (),
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | Mapping[str, float] | None = None,
+        anneal_lr: bool | Callable[[Optimizer], LRScheduler] = False,
     ) -> None:
         super().__init__()
-        if max_grad_norm is not None and max_grad_norm <= 0:
-            raise ValueError(f"model.max_grad_norm must be above 0, but is {max_grad_norm}.")
         self.loss = loss
         self.policy = policy
         self.optimizer_configs = dict(optimizer)
         self.targets = list(targets)
         self.max_grad_norm = max_grad_norm
+        self.anneal_lr = anneal_lr
         self._clock = _Clock()
         self._episodes: list[dict[str, float]] = []
         # Built once here, so that a mistake in a config shows before a run begins.
-        self.build_optimizer()
+        built = self.build_optimizer()
+        if max_grad_norm is not None:
+            try:
+                check_max_norm(built, max_grad_norm)
+            except ValueError as error:
+                raise ValueError(f"model.max_grad_norm: {error}") from error
+        if not isinstance(anneal_lr, bool):
+            _try_scheduler(anneal_lr, built)
 
     @property
     def frames(self) -> int:
@@ -81,9 +97,45 @@ class Agent(L.LightningModule):
             name = "epoch_loop.automatic_optimization.optim_progress"
             progress.load_state_dict(loops["fit_loop"][name])
 
-    def configure_optimizers(self) -> Muon:
-        """Return the one optimizer that Lightning drives."""
-        return self.build_optimizer()
+    def build_scheduler(self, optimizer: Muon, data: AgentData) -> LRScheduler | None:
+        """Return a new scheduler of the learning rates over a run, or ``None`` for constant ones.
+
+        Args:
+            optimizer: whose rates they are.
+            data: knows the number of the run's updates.
+
+        Raises:
+            ValueError: if the scheduler ends before the run does.
+        """
+        if isinstance(self.anneal_lr, bool):
+            if not self.anneal_lr:
+                return None
+            steps = data.updates_per_rate
+            updates = -(-data.total_updates // steps)
+            return anneal_learning_rates(optimizer, updates, steps_per_update=steps)
+        scheduler = self.anneal_lr(optimizer)
+        # Alone among torch's, this one raises after its last step.
+        if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < data.total_updates:
+            raise ValueError(
+                f"model.anneal_lr has total_steps={scheduler.total_steps}, but the run makes "
+                f"{data.total_updates} updates: raise it to at least as many."
+            )
+        return scheduler
+
+    def configure_optimizers(self) -> Any:
+        """Return the one optimizer that Lightning drives, and its schedule if it has one."""
+        optimizer = self.build_optimizer()
+        scheduler = self.build_scheduler(optimizer, self.trainer.datamodule)
+        if scheduler is None:
+            return optimizer
+        lr_scheduler = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
+
+    def on_train_start(self) -> None:
+        """Let the rates of a resumed run follow its own horizon from the first update on."""
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, LambdaLR):
+                refresh_learning_rates(config.scheduler)
 
     # -- training ------------------------------------------------------------------------------
 
@@ -110,11 +162,10 @@ class Agent(L.LightningModule):
             target.step()
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Clip all gradients together, before the optimizer sees them."""
-        if self.max_grad_norm is None:
-            super().configure_gradient_clipping(optimizer, *args, **kwargs)
-        else:
-            torch.nn.utils.clip_grad_norm_(self.loss.parameters(), self.max_grad_norm)
+        """Clip the gradients that the optimizer is about to step on."""
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)
+        if self.max_grad_norm is not None:
+            clip_gradients(optimizer, self.max_grad_norm)
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Tell Lightning whether to evaluate: it counts batches, an evaluation is due by frames."""
@@ -165,7 +216,7 @@ class Agent(L.LightningModule):
             logger.log_metrics(dict(metrics), step=self.frames)
 
     def rates(self) -> dict[str, float]:
-        """Return the learning rates and momenta of the optimizer's groups, by metric name."""
+        """Return the learning rates and momenta that the next step applies, by metric name."""
         metrics: dict[str, float] = {}
         for group in self.trainer.optimizers[0].param_groups:
             network, part = group["name"].split("/")
@@ -173,9 +224,33 @@ class Agent(L.LightningModule):
             metrics[f"train/{kind}/{network}"] = float(group["lr"])
             if network == "actor":
                 metrics[f"train/{kind}"] = float(group["lr"])
-            momentum = group["momentum"] if part == "muon" else group["betas"][0]
-            metrics[f"train/momentum/{group['name']}"] = float(momentum)
+            metrics[f"train/momentum/{group['name']}"] = float(next_momentum(group))
         return metrics
+
+
+def _try_scheduler(make: Callable[[Optimizer], LRScheduler], optimizer: Muon) -> None:
+    """Make a scheduler and step it twice: some mistakes show only then.
+
+    Args:
+        make: of ``anneal_lr``.
+        optimizer: one that is used no further; without gradients its steps change nothing.
+
+    Raises:
+        ValueError: if that fails, or what comes is no scheduler that counts steps alone.
+    """
+    try:
+        scheduler = make(optimizer)
+        if isinstance(scheduler, LRScheduler) and not isinstance(scheduler, ReduceLROnPlateau):
+            for _ in range(2):
+                optimizer.step()
+                scheduler.step()
+            return
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"model.anneal_lr makes no scheduler that works: {error}") from error
+    raise ValueError(
+        "model.anneal_lr must be true, false, or make a scheduler of torch's that needs no metric, "
+        f"but makes {type(scheduler).__name__}."
+    )
 
 
 class _Clock:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tensordict.nn import TensorDictModuleBase
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchrl.collectors import BaseCollector, Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
 from torchrl.envs import EnvBase
@@ -78,7 +80,10 @@ class SAC(Agent):
         num_critics: Q-networks, at least 2; their minimum is the target.
         gamma: discount per agent step, in [0, 1].
         tau: share of the online critics that moves into the targets at each update, in (0, 1].
-        max_grad_norm: bound on the norm of all gradients together; null for none.
+        max_grad_norm: bound on the norm of all gradients together, or {critic: 10} for those of
+            single networks; null for none.
+        anneal_lr: whether all learning rates fall along a line, to 0 after the last update; or a
+            scheduler of torch by its class_path, which counts updates.
     """
 
     def __init__(
@@ -90,7 +95,8 @@ class SAC(Agent):
         num_critics: int = 2,
         gamma: float = 0.99,
         tau: float = 0.005,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | dict[str, float] | None = None,
+        anneal_lr: bool | Callable[[Optimizer], LRScheduler] = False,
     ) -> None:
         if num_critics < 2:
             # TorchRL's loss leaves the parameters of a single one out (torchrl 0.14).
@@ -110,4 +116,5 @@ class SAC(Agent):
             optimizer=vars(optimizer),
             targets=[SoftUpdate(loss, tau=tau)],
             max_grad_norm=max_grad_norm,
+            anneal_lr=anneal_lr,
         )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from muon_rl.recipes.sac import SAC, SACData, SACOptimizers
+from torch.nn.utils import get_total_norm
+from torch.optim import lr_scheduler
 
 from muon_rl.envs import DMControl
 from muon_rl.optim import OptimizerConfig
@@ -14,14 +18,14 @@ from muon_rl.optim import OptimizerConfig
 ENV = DMControl("cartpole", "swingup", action_repeat=2)
 
 
-def fit(agent: SAC, *callbacks: Callback, **options) -> SACData:
-    data = SACData(
+def fit(agent: SAC, *callbacks: Callback, kind: type[SACData] = SACData, **options) -> SACData:
+    data = kind(
         ENV, total_frames=140, init_random_frames=80, batch_size=16, eval_episodes=1, **options
     )
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", logger=False, callbacks=list(callbacks),
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=0, log_every_n_steps=7,
     )  # fmt: skip
     trainer.fit(agent, data)
     return data
@@ -95,21 +99,41 @@ def test_a_number_out_of_range_is_refused(option):
         SAC(ENV, **option)
 
 
+class Norms(Callback):
+    """Keeps the norm of the gradients that each update was made with, by network."""
+
+    def __init__(self):
+        self.norms: dict[str, list[float]] = {}
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        networks: dict[str, list[torch.Tensor]] = {}
+        for group in optimizer.param_groups:
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            networks.setdefault(group["name"].split("/")[0], []).extend(grads)
+        networks["all"] = [grad for grads in networks.values() for grad in grads]
+        for name, grads in networks.items():
+            if grads:
+                self.norms.setdefault(name, []).append(get_total_norm(grads).item())
+
+
 def test_gradients_are_clipped_together():
-    norms = []
-
-    class Norm(Callback):
-        def on_before_zero_grad(self, trainer, pl_module, optimizer):
-            grads = [p.grad for p in pl_module.loss.parameters() if p.grad is not None]
-            norms.append(torch.nn.utils.get_total_norm(grads).item())
-
-    fit(SAC(ENV, max_grad_norm=1e-3), Norm())
-    assert max(norms) <= 1e-3 * (1 + 1e-4)
-    assert max(norms) > 0.9e-3  # the bound is reached
+    norms = Norms()
+    fit(SAC(ENV, max_grad_norm=1e-3), norms)
+    assert max(norms.norms["all"]) <= 1e-3 * (1 + 1e-4)
+    assert max(norms.norms["all"]) > 0.9e-3  # the bound is reached
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing():
-    agent = SAC(ENV)
+def test_gradients_are_clipped_by_network():
+    norms = Norms()
+    fit(SAC(ENV, max_grad_norm={"actor": 1e-3, "critic": 1e-4}), norms)
+    for name, bound in (("actor", 1e-3), ("critic", 1e-4)):
+        assert 0.9 * bound < max(norms.norms[name]) <= bound * (1 + 1e-4)
+    assert min(norms.norms["alpha"]) > 1e-2  # left as it is
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0, {"actor": 1.0, "alpha": 1.0}])
+def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(max_grad_norm):
+    agent = SAC(ENV, max_grad_norm=max_grad_norm)
 
     class Poison(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -122,6 +146,150 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing():
         fit(agent, poison)
     for name, value in agent.state_dict().items():
         assert torch.equal(value, poison.before[name])
+
+
+class Rates(Callback):
+    """Keeps the rates of all groups at each step of the optimizer, and what was logged."""
+
+    def __init__(self, agent: SAC):
+        self.applied: list[dict[str, float]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        agent.track = self.note_logged
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.optimizers[0].register_step_post_hook(self.note_applied)
+
+    def note_applied(self, optimizer, args, kwargs):
+        self.applied.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+    def note_logged(self, metrics):
+        if "train/loss_actor" in metrics:
+            # The step that is being made, counted from 0: noted before it is applied.
+            self.logged.append((len(self.applied), metrics))
+
+
+def fit_with_rates(kind: type[SACData] = SACData, **options) -> Rates:
+    optimizer = SACOptimizers(critic=OptimizerConfig(case="adamw"))
+    agent = SAC(ENV, optimizer=optimizer, **options)
+    rates = Rates(agent)
+    fit(agent, rates, kind=kind)
+    assert len(rates.applied) == 30
+    return rates
+
+
+INITIAL = {"actor/muon": 0.02, "actor/aux": 3e-4, "critic/adamw": 3e-4, "alpha/adam": 3e-4}
+
+
+def test_annealed_rates_fall_to_0_over_the_updates_of_the_run():
+    rates = fit_with_rates(anneal_lr=True)
+    for update, applied in enumerate(rates.applied):
+        assert applied == {name: lr * (1 - update / 30) for name, lr in INITIAL.items()}
+
+
+def test_rates_are_constant_unless_annealed():
+    assert fit_with_rates().applied == [INITIAL] * 30
+
+
+def test_the_updates_of_a_rollout_share_their_rates():
+    class Rollouts(SACData):
+        updates_per_rate = 7
+
+    rates = fit_with_rates(kind=Rollouts, anneal_lr=True)
+    for update, applied in enumerate(rates.applied):
+        share = 1 - update // 7 / 5  # 30 updates are 5 times 7, the last ones cut short
+        assert applied == {name: lr * share for name, lr in INITIAL.items()}
+
+
+def test_a_scheduler_of_torch_is_stepped_after_each_update():
+    make = partial(lr_scheduler.CosineAnnealingLR, T_max=30, eta_min=1e-5)
+    rates = fit_with_rates(anneal_lr=make)
+    other = SAC(ENV, optimizer=SACOptimizers(critic=OptimizerConfig(case="adamw")))
+    optimizer = other.build_optimizer()
+    scheduler = make(optimizer)
+    for applied in rates.applied:
+        assert applied == {group["name"]: group["lr"] for group in optimizer.param_groups}
+        optimizer.step()
+        scheduler.step()
+
+
+def test_logged_rates_are_those_of_the_same_step():
+    rates = fit_with_rates(anneal_lr=True)
+    assert [step for step, _ in rates.logged] == [6, 13, 20, 27]
+    for step, metrics in rates.logged:
+        applied = rates.applied[step]
+        logged = {name: value for name, value in metrics.items() if "learning_rate" in name}
+        assert logged == {
+            "train/learning_rate": applied["actor/muon"],
+            "train/aux_learning_rate": applied["actor/aux"],
+            "train/learning_rate/actor": applied["actor/muon"],
+            "train/aux_learning_rate/actor": applied["actor/aux"],
+            "train/learning_rate/critic": applied["critic/adamw"],
+            "train/learning_rate/alpha": applied["alpha/adam"],
+        }
+
+
+def test_without_muon_there_is_no_auxiliary_rate():
+    case = OptimizerConfig(case="adam", lr=1e-3)
+    agent = SAC(ENV, optimizer=SACOptimizers(case, case), anneal_lr=True)
+    rates = Rates(agent)
+    fit(agent, rates)
+    step, metrics = rates.logged[-1]
+    assert not any("aux" in name for name in metrics)
+    assert metrics["train/learning_rate"] == 1e-3 * (1 - step / 30)
+
+
+def test_the_logged_momentum_is_that_of_the_same_step():
+    class WarmedUp(SAC):
+        def build_optimizer(self):
+            optimizer = super().build_optimizer()
+            for group in optimizer.param_groups:
+                group |= {"momentum_start_step": 5, "momentum_warmup_steps": 20}
+            return optimizer
+
+    agent = WarmedUp(ENV)
+    rates = Rates(agent)
+    fit(agent, rates)
+    for (step, metrics), share in zip(rates.logged, (1 / 20, 8 / 20, 15 / 20, 1.0), strict=True):
+        assert step in (6, 13, 20, 27)
+        assert metrics["train/momentum/actor/muon"] == pytest.approx(0.95 * share)
+        assert metrics["train/momentum/critic/aux"] == pytest.approx(0.9 * share)
+
+
+@pytest.mark.parametrize(
+    ("anneal_lr", "message"),
+    [
+        (partial(lr_scheduler.StepLR, step_size=0), "no scheduler that works: integer .* by zero"),
+        (partial(lr_scheduler.LinearLR, start_factor=-1), "no scheduler that works: Starting"),
+        (lr_scheduler.StepLR, "no scheduler that works: .* missing .* 'step_size'"),
+        (partial(lr_scheduler.ConstantLR, last_epoch=5), "no scheduler that works: .*initial_lr"),
+        (lr_scheduler.ReduceLROnPlateau, "needs no metric, but makes ReduceLROnPlateau"),
+        (lambda optimizer: None, "but makes NoneType"),
+        (0.5, "no scheduler that works: 'float' object is not callable"),
+    ],
+)
+def test_a_scheduler_that_does_not_fit_shows_when_the_agent_is_made(anneal_lr, message):
+    with pytest.raises(ValueError, match=f"model.anneal_lr .*{message}"):
+        SAC(ENV, anneal_lr=anneal_lr)
+
+
+def test_a_scheduler_that_ends_before_the_run_is_refused():
+    one_cycle = partial(lr_scheduler.OneCycleLR, max_lr=0.01)
+    with pytest.raises(ValueError, match="total_steps=29, but the run makes 30 updates"):
+        fit(SAC(ENV, anneal_lr=partial(one_cycle, total_steps=29)))
+    fit(SAC(ENV, anneal_lr=partial(one_cycle, total_steps=30)))
+
+
+@pytest.mark.parametrize(
+    ("max_grad_norm", "message"),
+    [
+        (0.0, "above 0, but is 0.0"),
+        ({"critic": -1.0}, "critic's norm must be above 0, but is -1.0"),
+        ({"critc": 1.0}, "no network 'critc' .* there are actor, critic, alpha"),
+    ],
+)
+def test_a_bound_that_does_not_fit_shows_when_the_agent_is_made(max_grad_norm, message):
+    with pytest.raises(ValueError, match=f"model.max_grad_norm: .*{message}"):
+        SAC(ENV, max_grad_norm=max_grad_norm)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 
 import lightning as L
+from torch.optim import lr_scheduler
 
 from muon_rl import modules
 from muon_rl.agent import Agent
@@ -32,7 +33,10 @@ _KEY = re.compile(r'^Parser key "(?P<key>\S+)":\s*(?P<rest>.*)', re.S)
 _WRONG_VALUE = re.compile(
     r"^Expected (?:an? )?(?P<expected>.+?)(?:\. Got value: (?P<came>.*))?$", re.S
 )
-_NO_CLASS = re.compile(r"^Expected a dot import path string: (?P<name>\S+)")
+_NO_CLASS = re.compile(
+    r"^(?:Expected a dot import path string|Unexpected import path format): (?P<name>\S+)"
+)
+_REQUIRED = re.compile(r"^the following arguments are required: (?P<keys>.+)")
 _ATTEMPTS = re.compile(
     r"Errors:\n(?P<errors>.*?)\n\s*Given value type:.*?Given value: (?P<came>.*)", re.S
 )
@@ -46,7 +50,10 @@ def explain(message: str) -> str:
     """
     if (unknown := _UNKNOWN.search(message)) and "Parser key" not in message:
         return _explain_key(unknown)
-    if "arguments are required" in message:
+    if required := _REQUIRED.match(message):
+        keys = [key.rpartition(".")[2] for key in required["keys"].split(", ")]
+        if not {"env", "data", "model"} & set(keys):
+            return f"{keys[0]} must be given."
         return "env, data or model is missing: name a recipe, --config=NAME (see muon-rl recipes)."
     keyed = _KEY.match(message.strip())
     key, rest = (keyed["key"], keyed["rest"]) if keyed else ("", message.strip())
@@ -75,6 +82,8 @@ def explain(message: str) -> str:
         expected = " or ".join(_readable(match["expected"]) for match in wrong if match)
         came = next((match["came"] for match in wrong if match and match["came"]), came)
         return f"{key} must be {expected}, but is {(came or '').strip()!r}."
+    # What says more than which type was expected.
+    errors = [error for error in errors if not _WRONG_VALUE.match(error)]
     return f"{key}: " * bool(key) + " ".join(" ".join(errors).split())
 
 
@@ -125,6 +134,11 @@ def _explain_key(found: re.Match[str]) -> str:
 
 
 def _explain_class(key: str, name: str) -> str:
+    if key.endswith("anneal_lr"):
+        schedulers = [kind for kind in lr_scheduler.__all__ if kind.endswith("LR")]
+        close = difflib.get_close_matches(name, schedulers, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"torch has {', '.join(schedulers)}."
+        return f"There is no class {name!r} for {key}: true, false or a scheduler; {hint}"
     known = [
         cls.__name__ for base in (EnvFactory, AgentData, Agent) for cls in concrete_subclasses(base)
     ]

@@ -155,7 +155,11 @@ class RecipeCLI(LightningCLI):
             raise ConfigError(
                 f"method_name names a folder, so it takes no slash, but is {self.method_name!r}."
             )
-        self._find_checkpoint()
+        optimizer = None
+        if self.subcommand == "fit":
+            optimizer = self.model.build_optimizer()
+            self.model.build_scheduler(optimizer, self.datamodule)
+        self._find_checkpoint(optimizer)
         trainer = dict(self.config_init[self.subcommand].trainer)
         callbacks: list[Callback] = [*(trainer.pop("callbacks") or [])]
         if self.subcommand == "fit":
@@ -168,8 +172,8 @@ class RecipeCLI(LightningCLI):
         trainer["enable_checkpointing"] = self.subcommand == "fit"
         return L.Trainer(**trainer, callbacks=callbacks, **kwargs)
 
-    def _find_checkpoint(self) -> None:
-        """Read the checkpoint that was asked for, and check that it fits."""
+    def _find_checkpoint(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Read the checkpoint that was asked for, and check that it fits, optimizer included."""
         ckpt_path = self.settings.ckpt_path
         if ckpt_path is None:
             if self.subcommand == "validate":
@@ -181,8 +185,9 @@ class RecipeCLI(LightningCLI):
         self.checkpoint = runs.load_checkpoint(path)
         self.checkpoint_path = path
         runs.check_fit(self.checkpoint, self.model.state_dict(), path)
-        if self.subcommand == "fit":
-            runs.check_optimizer(self.checkpoint, self.model.build_optimizer())
+        if optimizer is not None:
+            runs.check_schedule(self.checkpoint, self._config_text())
+            runs.check_optimizer(self.checkpoint, optimizer)
         frames = self.checkpoint["muon_rl"]["frames"]
         if self.subcommand == "fit" and frames >= self.datamodule.total_frames:
             raise ConfigError(
@@ -190,14 +195,17 @@ class RecipeCLI(LightningCLI):
                 f"(now {self.datamodule.total_frames:,}) to train further."
             )
 
-    def _record(self) -> record.RunRecord:
+    def _config_text(self) -> str:
+        """Return the resolved config as YAML."""
         parser = self._parser(self.subcommand)
         settings = self.settings.clone()
         settings.pop("config", None)
         settings.ckpt_path = None
-        text = parser.dump(settings, skip_unset=False, skip_validation=True)
+        return parser.dump(settings, skip_unset=False, skip_validation=True)
+
+    def _record(self) -> record.RunRecord:
         resumed_from = self.checkpoint["muon_rl"]["frames"] if self.checkpoint else None
-        return record.RunRecord(text, resumed_from)
+        return record.RunRecord(self._config_text(), resumed_from)
 
     # -- running -------------------------------------------------------------------------------
 

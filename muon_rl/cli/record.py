@@ -34,14 +34,16 @@ class RunRecord(Callback):
         self.resumed_from = resumed_from
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log parameters, the config and the versions."""
+        """Log parameters, config, versions and the optimizer's table, which is shown as well."""
         if not trainer.is_global_zero:
             return
+        optimizer = pl_module.optimizers(use_pl_optimizer=False).explanation()
+        print(f"{optimizer}\n", flush=True)
         params = flatten(yaml.safe_load(self.config))
         for logger in trainer.loggers:
             logger.log_hyperparams(params)
             if isinstance(logger, MLflow):
-                self._log_files(logger)
+                self._log_files(logger, optimizer)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -55,12 +57,13 @@ class RunRecord(Callback):
             "mlflow_run_id": runs[0] if runs else None,
         }
 
-    def _log_files(self, logger: MLflow) -> None:
+    def _log_files(self, logger: MLflow, optimizer: str) -> None:
         suffix = "" if self.resumed_from is None else f"_resumed_at_{self.resumed_from}"
         with tempfile.TemporaryDirectory() as folder:
             for name, text in (
                 (f"config{suffix}.yaml", self.config),
                 (f"versions{suffix}.yaml", yaml.safe_dump(versions())),
+                (f"optimizer{suffix}.txt", optimizer),
             ):
                 path = Path(folder) / name
                 path.write_text(text)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from muon_rl.cli import ConfigError
 
@@ -119,7 +120,8 @@ def check_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer
 
     Args:
         checkpoint: as :func:`load_checkpoint` returns it.
-        optimizer: the config's; the checkpoint's settings would silently win over its own.
+        optimizer: the config's, with its scheduler; the checkpoint's settings would silently win
+            over its own.
 
     Raises:
         ConfigError: naming the first group and setting that differ.
@@ -134,10 +136,43 @@ def check_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer
         )
     for before, now in zip(saved, ours, strict=True):
         for option, value in now.items():
-            # A schedule moves lr; initial_lr is what the config said.
-            old = before.get("initial_lr", before["lr"]) if option == "lr" else before.get(option)
-            if option != "params" and old != value:
+            old = before.get(option)
+            if option == "lr":
+                # A schedule moves lr; initial_lr is what the config said.
+                old, value = (group.get("initial_lr", group["lr"]) for group in (before, now))
+            if option not in moving(now) and old != value:
                 raise ConfigError(
                     f"{option} of {now['name']} is {old} in the checkpoint and {value} in this "
                     "config: a resumed run keeps its optimizer; begin a fresh one to change it."
                 )
+
+
+def moving(group: dict[str, Any]) -> set[str]:
+    """Return the options of an optimizer's group that training itself changes.
+
+    Args:
+        group: with its scheduler, if it has one: OneCycleLR and CyclicLR move the momentum too.
+    """
+    cycled = {"momentum", "betas"} if "base_momentum" in group else set()
+    return {"params", "momentum_step"} | cycled
+
+
+def check_schedule(checkpoint: dict[str, Any], config: str) -> None:
+    """Raise if a config's learning-rate schedule is not the one that a resumed run goes on with.
+
+    Args:
+        checkpoint: as :func:`load_checkpoint` returns it.
+        config: the resolved config, as YAML; the checkpoint's settings would win over its own.
+
+    Raises:
+        ConfigError: if they differ.
+    """
+    old, new = (
+        yaml.safe_load(text)["model"].get("init_args", {}).get("anneal_lr", False)
+        for text in (checkpoint["muon_rl"]["config"], config)
+    )
+    if old != new:
+        raise ConfigError(
+            f"model.anneal_lr is {old} in the checkpoint and {new} in this config: a resumed run "
+            "keeps its schedule; begin a fresh one to change it."
+        )

@@ -87,6 +87,14 @@ class AgentData(L.LightningDataModule, ABC):
         """Number of updates of the whole run."""
 
     @property
+    def updates_per_rate(self) -> int:
+        """Updates in a row that share one learning rate where rates are annealed, >= 1.
+
+        With rollouts, all updates of one: epochs times minibatches.
+        """
+        return 1
+
+    @property
     @abstractmethod
     def is_up_to_date(self) -> bool:
         """Whether all updates that the frames so far allow have been made."""

@@ -3,111 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
+from muon_rl.optim.config import MomentumSchedule, OptimizerConfig
 from muon_rl.optim.muon import Muon
 from muon_rl.optim.roles import ParameterRole, network_roles
-
-
-@dataclass
-class MuonConfig:
-    """Muon's own settings in a network's config.
-
-    Args:
-        lr: rate, spectral norm per update (start from 0.02; 0.01-0.05).
-        momentum: share of the moving average kept, in [0, 1).
-        nesterov: whether the update looks one step ahead.
-        weight_decay: decoupled decay, per update and unit of rate.
-        ns_steps: Newton-Schulz iterations.
-        coefficients: quintic, cubic, polar_express, a triple or a list of triples.
-        adjust_lr: original, match_rms_adamw, or null for none.
-        apply_first_layer: whether Muon takes the weights of the first layer.
-        apply_last_layer: whether Muon takes the weights of the last layer (the heads).
-        include: name patterns (`*0.weight`) of further matrices for Muon, whatever their role.
-        exclude: name patterns of parameters that Muon must leave to the auxiliary part.
-    """
-
-    lr: float = 0.02
-    momentum: float = 0.95
-    nesterov: bool = True
-    weight_decay: float = 0.0
-    ns_steps: int = 5
-    coefficients: str | list[float] | list[list[float]] = "quintic"
-    adjust_lr: Literal["original", "match_rms_adamw"] | None = "original"
-    apply_first_layer: bool = True
-    apply_last_layer: bool = False
-    include: list[str] = field(default_factory=list)
-    exclude: list[str] = field(default_factory=list)
-
-
-@dataclass
-class OptimizerConfig:
-    """How one network is optimized.
-
-    Args:
-        case: muon (with an auxiliary part for what is no matrix), adamw or adam.
-        lr: Adam's rate, of the whole network or of the auxiliary part.
-        betas: Adam's decay rates of the first and second moment.
-        eps: Adam's denominator term.
-        weight_decay: decoupled decay, in case adamw only; the auxiliary part never decays.
-        aux: adamw or adam, for what Muon does not take.
-        aux_lr: rate of the auxiliary part; left out, it is `lr`.
-        muon: Muon's own settings, in case muon.
-    """
-
-    case: Literal["muon", "adamw", "adam"] = "muon"
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    aux: Literal["adamw", "adam"] = "adamw"
-    aux_lr: float | None = None
-    muon: MuonConfig = field(default_factory=MuonConfig)
-
-    @classmethod
-    def parse(cls, config: OptimizerConfig | Mapping[str, Any], *, network: str) -> OptimizerConfig:
-        """Return a config from itself or from a nested dict.
-
-        Args:
-            config: a config, or a dict of its fields.
-            network: the network it is for, named in errors.
-
-        Raises:
-            ValueError: for an unknown option or case.
-        """
-        if isinstance(config, Mapping):
-            config = cls(**_checked(cls, config, where=network))
-        if not isinstance(config, cls):
-            raise TypeError(
-                f"The optimizer of {network!r} must be an OptimizerConfig or a dict of its fields, "
-                f"not {config!r}."
-            )
-        if isinstance(config.muon, Mapping):
-            muon = _checked(MuonConfig, config.muon, where=f"{network}.muon")
-            config = replace(config, muon=MuonConfig(**muon))
-        if not isinstance(config.muon, MuonConfig):
-            raise TypeError(f"{network}.muon must hold Muon's settings, but is {config.muon!r}.")
-        for option, allowed in (("case", ("muon", "adamw", "adam")), ("aux", ("adamw", "adam"))):
-            if getattr(config, option) not in allowed:
-                raise ValueError(
-                    f"{network}.{option} must be one of {', '.join(allowed)}, "
-                    f"but is {getattr(config, option)!r}."
-                )
-        return config
-
-
-def _checked(kind: type, options: Mapping[str, Any], *, where: str) -> Mapping[str, Any]:
-    """Return ``options`` if each is a field of the dataclass ``kind``."""
-    allowed = [option.name for option in fields(kind)]
-    if unknown := sorted(set(options) - set(allowed)):
-        raise ValueError(
-            f"Unknown option(s) {', '.join(unknown)} for {where}; allowed: {', '.join(allowed)}."
-        )
-    return options
 
 
 def build_optimizer(
@@ -160,10 +63,15 @@ def build_optimizer(
             f"{type(loss).__name__}: pass one for each."
         )
     groups: list[dict[str, Any]] = []
+    reasons: dict[Any, tuple[str, str]] = {}
     for network, given in networks.items():
         config = OptimizerConfig.parse(given, network=network)
         groups += _groups(network, config, roles[network], parameters)
-    return Muon(groups, on_nonfinite=on_nonfinite)
+        for name, role in roles[network].items():
+            reasons[parameters[name]] = (role.role, _choice(config, name, role)[1])
+    optimizer = Muon(groups, on_nonfinite=on_nonfinite)
+    optimizer.reasons = reasons
+    return optimizer
 
 
 def _groups(
@@ -173,7 +81,13 @@ def _groups(
     parameters: dict[str, nn.Parameter],
 ) -> list[dict[str, Any]]:
     """Return the groups of one network."""
-    adam = {"betas": tuple(config.betas), "eps": config.eps, "fused": _fuses(parameters, roles)}
+    schedule = _schedule(config.momentum_schedule)
+    adam: dict[str, Any] = {
+        "betas": tuple(config.betas),
+        "eps": config.eps,
+        "fused": _fuses(parameters, roles),
+        **schedule,
+    }
     everything = [(name, parameters[name]) for name in roles]
     if config.case != "muon":
         decay = config.weight_decay if config.case == "adamw" else 0.0
@@ -192,7 +106,7 @@ def _groups(
             raise ValueError(
                 f"{pattern!r} in {network}.muon fits no parameter; there are {', '.join(roles)}."
             )
-    chosen = [name for name, role in roles.items() if _takes(config.muon, name, role)]
+    chosen = [name for name, role in roles.items() if _choice(config, name, role)[0]]
     if not chosen:
         raise ValueError(
             f"Muon finds no matrix to take in {network!r}: its parameters are "
@@ -201,7 +115,7 @@ def _groups(
             "apply_last_layer or include."
         )
     muon = config.muon
-    groups = [
+    groups: list[dict[str, Any]] = [
         {
             "params": [(name, parameters[name]) for name in chosen],
             "algorithm": "muon",
@@ -213,11 +127,17 @@ def _groups(
             "ns_steps": muon.ns_steps,
             "coefficients": muon.coefficients,
             "adjust_lr": muon.adjust_lr,
-            "batch_dims": [roles[name].batch_dims for name in chosen],
-            "splits": [roles[name].splits for name in chosen],
+            "batch_dims": _one_or_all([roles[name].batch_dims for name in chosen]),
+            "splits": _one_or_all([roles[name].splits for name in chosen]),
+            **schedule,
         }
     ]
     rest = [(name, p) for name, p in everything if name not in set(chosen)]
+    if rest and config.aux is None:
+        raise ValueError(
+            f"Muon does not take {', '.join(name for name, _ in rest)} in {network!r}, and "
+            f"{network}.aux is null: set it to adamw or adam, or freeze what is not to be trained."
+        )
     if rest:
         groups.append(
             {
@@ -232,17 +152,36 @@ def _groups(
     return groups
 
 
-def _takes(config: MuonConfig, name: str, role: ParameterRole) -> bool:
-    """Tell whether Muon takes a parameter."""
-    if any(fnmatchcase(name, pattern) for pattern in config.exclude):
-        return False
-    if any(fnmatchcase(name, pattern) for pattern in config.include):
-        return True
+def _choice(config: OptimizerConfig, name: str, role: ParameterRole) -> tuple[bool, str]:
+    """Tell whether Muon takes a parameter, and why."""
+    if config.case != "muon":
+        return False, f"case {config.case}"
+    for option, takes in (("exclude", False), ("include", True)):
+        for pattern in getattr(config.muon, option):
+            if fnmatchcase(name, pattern):
+                return takes, f"{option} {pattern!r}"
+    if role.role in ("first", "last"):
+        option = f"apply_{role.role}_layer"
+        takes = getattr(config.muon, option)
+        return takes, f"{option} is {str(takes).lower()}"
+    if role.role == "hidden":
+        return True, "matrix of a hidden layer"
+    return False, "no known layer owns it" if role.role == "other" else f"no matrix: {role.role}"
+
+
+def _schedule(schedule: MomentumSchedule) -> dict[str, int]:
+    """Return a momentum schedule as a group holds it."""
+    if not schedule.enabled:
+        return {}
     return {
-        "first": config.apply_first_layer,
-        "hidden": True,
-        "last": config.apply_last_layer,
-    }.get(role.role, False)
+        "momentum_start_step": schedule.start_step,
+        "momentum_warmup_steps": schedule.warmup_steps,
+    }
+
+
+def _one_or_all(values: list[int]) -> int | list[int]:
+    """Return one number where all are equal: a sharded optimizer may then split the group."""
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _fuses(parameters: dict[str, nn.Parameter], names: Any) -> bool:

@@ -8,17 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
-from muon_rl.optim.orthogonalize import resolve_coefficients
+from muon_rl.optim.coefficients import resolve_coefficients
+from muon_rl.optim.schedules import momentum_at
 
 ALGORITHMS = ("muon", "adamw", "adam")
 ADJUSTMENTS = ("original", "match_rms_adamw", None)
 
 _COMMON = {"params", "param_names", "algorithm", "name", "lr", "initial_lr"}
-_MUON_OPTIONS = _COMMON | {
-    "momentum", "nesterov", "weight_decay", "ns_steps", "coefficients", "eps", "adjust_lr",
-    "dtype", "batch_dims", "splits",
+SCHEDULE = {"momentum_start_step": 0, "momentum_warmup_steps": 0, "momentum_step": 0}
+_SHARED = _COMMON | SCHEDULE.keys() | {"eps", "weight_decay", "batch_dims"}
+_MUON_OPTIONS = _SHARED | {
+    "momentum", "nesterov", "ns_steps", "coefficients", "adjust_lr", "dtype", "splits",
 }  # fmt: skip
-_ADAM_OPTIONS = _COMMON | {"betas", "eps", "weight_decay", "fused", "batch_dims"}
+_ADAM_OPTIONS = _SHARED | {"betas", "fused"}
 
 
 def fill_group(group: dict[str, Any], index: int) -> dict[str, Any]:
@@ -43,10 +45,40 @@ def fill_group(group: dict[str, Any], index: int) -> dict[str, Any]:
             f"allowed: {', '.join(sorted(allowed - _COMMON | {'lr', 'name'}))}."
         )
     if algorithm == "muon":
-        return {"batch_dims": 0, "splits": 1, **group}
+        return {"batch_dims": 0, "splits": 1, **SCHEDULE, **group}
     weight_decay = 0.01 if algorithm == "adamw" else 0.0
     adam = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
-    return {**adam, "fused": None, **group}
+    return {**adam, "fused": None, **SCHEDULE, **group}
+
+
+def is_scheduled(group: dict[str, Any]) -> bool:
+    """Tell whether a group's momentum begins late or is warmed up."""
+    return group["momentum_start_step"] + group["momentum_warmup_steps"] > 0
+
+
+def next_momentum(group: dict[str, Any]) -> float:
+    """Return the momentum, or Adam's beta1, that a group's next step applies.
+
+    Args:
+        group: of a :class:`~muon_rl.optim.Muon`.
+    """
+    own = group["momentum"] if group["algorithm"] == "muon" else group["betas"][0]
+    if not is_scheduled(group):
+        return own
+    return momentum_at(
+        own,
+        group["momentum_step"],
+        start_step=group["momentum_start_step"],
+        warmup_steps=group["momentum_warmup_steps"],
+    )
+
+
+def count_step(group: dict[str, Any]) -> None:
+    """Count a step of a group's momentum schedule, up to its end."""
+    end = group["momentum_start_step"] + group["momentum_warmup_steps"]
+    # It stands still without a schedule and after it, so that a compiled step stays compiled.
+    if group["momentum_step"] < end:
+        group["momentum_step"] += 1
 
 
 def per_parameter(group: dict[str, Any], option: str) -> list[int]:
@@ -91,9 +123,18 @@ def check_group(group: dict[str, Any]) -> None:
         )
     if not group["eps"] >= 0.0:
         raise ValueError(f"eps must be at least 0, but is {group['eps']} in {where}.")
+    for option in ("momentum_start_step", "momentum_warmup_steps", "momentum_step"):
+        count = group[option]
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ValueError(
+                f"{option} must be an integer of at least 0, not {count!r}, in {where}."
+            )
     for p in group["params"]:
-        if p.is_complex():
-            raise TypeError(f"Muon takes real parameters only, but {name_of(group, p)!r} is not.")
+        if not p.is_floating_point():
+            raise TypeError(
+                f"Muon takes real floating-point parameters only, but {name_of(group, p)!r} is "
+                f"{p.dtype}."
+            )
 
     if group["algorithm"] != "muon":
         betas = group["betas"]

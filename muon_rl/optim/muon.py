@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
-from muon_rl.optim.groups import check_group, fill_group, matrix_shapes, name_of, rate_ratio
-from muon_rl.optim.orthogonalize import orthogonalize
+from muon_rl.optim.adaptive import step_adam
+from muon_rl.optim.explain import explanations, table
+from muon_rl.optim.groups import (
+    SCHEDULE,
+    check_group,
+    count_step,
+    fill_group,
+    is_scheduled,
+    name_of,
+)
+from muon_rl.optim.matrices import step_matrices
 
 NONFINITE = ("propagate", "raise", "skip")
 
@@ -41,6 +49,9 @@ class Muon(torch.optim.Optimizer):
               ``(out, in, *k)``, flattened to ``(out, in * k)``;
             - ``splits``: equal parts along the rows that are matrices of their own (3 for a fused
               query, key, value), default 1; one number, or one a parameter;
+            - ``momentum_start_step`` and ``momentum_warmup_steps``: optimizer steps with a
+              momentum (or Adam's beta1) of 0 at first, and of a linear rise after them, default 0;
+              ``momentum_step`` counts them;
             - Muon groups: every argument below;
             - Adam groups: torch's ``lr`` (1e-3), ``betas`` (0.9, 0.999), ``eps`` (1e-8),
               ``weight_decay`` (0.01 for ``adamw``, 0 for ``adam``) and ``fused``. They never
@@ -57,7 +68,8 @@ class Muon(torch.optim.Optimizer):
         on_nonfinite: with an infinite or NaN gradient, ``"propagate"`` it (no check, no sync),
             ``"raise"`` before anything changes, or ``"skip"`` the whole step and count it in
             ``skipped_steps``.
-        capturable: whether Adam groups keep their step counts on the device, for CUDA graphs.
+        capturable: whether Adam groups keep their step counts on the device, for CUDA graphs; not
+            with a momentum schedule or a check of the gradients, which a graph cannot follow.
 
     Raises:
         ValueError: at construction, for an unknown option or value, a parameter that is no matrix
@@ -99,9 +111,15 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         if on_nonfinite not in NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {NONFINITE}, but is {on_nonfinite!r}.")
+        if capturable and on_nonfinite != "propagate":
+            raise ValueError(
+                f"on_nonfinite={on_nonfinite!r} asks about each gradient, which a captured graph "
+                "cannot: with capturable=True it must be 'propagate'."
+            )
         self.on_nonfinite = on_nonfinite
         self.capturable = capturable
         self.skipped_steps = 0
+        self.reasons: dict[Any, tuple[str, str]] = {}
         # No `betas` here: schedulers and monitors would take betas[0] for Muon's momentum.
         super().__init__(
             params,
@@ -142,12 +160,41 @@ class Muon(torch.optim.Optimizer):
             self.defaults = defaults
         added = self.param_groups.pop()
         check_group(added)
+        if self.capturable and is_scheduled(added):
+            raise ValueError(
+                f"Group {added['name']!r} has a momentum schedule, which a captured graph would "
+                "freeze: set capturable=False, or momentum_start_step and _warmup_steps to 0."
+            )
         self.param_groups.append(added)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: torch's own leaves a subclass's attributes out."""
-        mine = ("on_nonfinite", "capturable", "skipped_steps")
+        mine = ("on_nonfinite", "capturable", "skipped_steps", "reasons")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in mine}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take back a state, also one that was saved before an option came to be."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for option, value in SCHEDULE.items():
+                group.setdefault(option, value)
+
+    def explain(self) -> None:
+        """Print a table of all parameters: name, shape, role, group, and why it is there.
+
+        Roles and reasons are known where :func:`~muon_rl.optim.build_optimizer` made the groups.
+
+        Example:
+            >>> import torch
+            >>> Muon([("weight", torch.nn.Parameter(torch.eye(2)))]).explain()
+            name    shape   role  group   reason
+            weight  (2, 2)  -     group0  given to muon
+        """
+        sys.stdout.write(f"{self.explanation()}\n")
+
+    def explanation(self) -> str:
+        """Return the table that :meth:`explain` prints."""
+        return table(explanations(self.param_groups, self.reasons))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -166,82 +213,13 @@ class Muon(torch.optim.Optimizer):
         self._refuse_sparse_gradients()
         if self.on_nonfinite != "propagate" and not self._gradients_are_finite():
             return loss
+        matrices = [group for group in self.param_groups if group["algorithm"] == "muon"]
+        step_matrices(matrices, self.state)
+        adaptive = [group for group in self.param_groups if group["algorithm"] != "muon"]
+        step_adam(adaptive, self.state, capturable=self.capturable)
         for group in self.param_groups:
-            params: list[Any] = [p for p in group["params"] if p.grad is not None]
-            if params and group["algorithm"] == "muon":
-                self._muon(group, params)
-            elif params:
-                self._adam(group, params)
+            count_step(group)
         return loss
-
-    def _muon(self, group: dict[str, Any], params: list[Any]) -> None:
-        grads = [p.grad for p in params]
-        buffers = []
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(p.grad)
-            buffers.append(state["momentum_buffer"])
-        momentum, lr = group["momentum"], group["lr"]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        updates = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
-
-        # Matrices of one shape, dtype and device are orthogonalized as one stack.
-        stacks: dict[tuple, list[int]] = defaultdict(list)
-        views = []
-        shapes = dict(zip(group["params"], matrix_shapes(group), strict=True))
-        for index, (p, update) in enumerate(zip(params, updates, strict=True)):
-            views.append(update.reshape(-1, *shapes[p]))
-            key = (*shapes[p], update.dtype, update.device)
-            stacks[key].append(index)
-        if group["weight_decay"] != 0:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        for (rows, columns, *_), members in stacks.items():
-            stack = torch.cat([views[i] for i in members])
-            polar = orthogonalize(
-                stack,
-                group["ns_steps"],
-                group["coefficients"],
-                eps=group["eps"],
-                dtype=group["dtype"],
-            )
-            rate = lr * rate_ratio(group["adjust_lr"], rows, columns)
-            parts = polar.split([views[i].shape[0] for i in members])
-            for i, part in zip(members, parts, strict=True):
-                update = part.reshape(params[i].shape)
-                if isinstance(rate, Tensor):
-                    params[i].sub_(update * rate)
-                else:
-                    params[i].add_(update, alpha=-rate)
-
-    def _adam(self, group: dict[str, Any], params: list[Any]) -> None:
-        on_device = self.capturable or bool(group["fused"])
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros((), device=p.device if on_device else "cpu")
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        states = [self.state[p] for p in params]
-        beta1, beta2 = group["betas"]
-        adam(
-            params,
-            [p.grad for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=group["fused"],
-            capturable=self.capturable,
-            decoupled_weight_decay=group["algorithm"] == "adamw",
-            amsgrad=False,
-            maximize=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-        )
 
     def _refuse_sparse_gradients(self) -> None:
         for group in self.param_groups:

@@ -2,85 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-Triple = tuple[float, float, float]
-
-# Polar Express (Amsel et al. 2025, arXiv:2505.16932, algorithm 1), minimax polynomials for
-# singular values from 1e-3. All but the last are damped by 1.01, against rounding in bf16.
-_POLAR_EXPRESS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-    (1.875, -1.25, 0.375),
-)
-_DAMPED_POLAR_EXPRESS = (
-    *((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLAR_EXPRESS[:-1]),
-    _POLAR_EXPRESS[-1],
-)
-
-COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
-    "quintic": ((3.4445, -4.7750, 2.0315),),
-    "cubic": ((1.5, -0.5, 0.0),),
-    "polar_express": _DAMPED_POLAR_EXPRESS,
-}
+from muon_rl.optim.coefficients import Triple, resolve_coefficients
 
 # From here on a sum of squares may overflow fp32 and bf16: such a matrix is scaled down first.
 _LARGE = 1e15
+# On CPU, below this smaller side, fp32 is as quick as bf16 (measured), and finer; and at it, where
+# the Gram form is cheaper.
+_SMALL = 64
+# Bytes of matrix, Gram matrix, polynomial and result that a CPU works on at a time (measured).
+_WORKING_SET = 5 * 2**19
 
 
-def resolve_coefficients(
-    coefficients: str | Sequence[float] | Sequence[Sequence[float]], steps: int
-) -> tuple[Triple, ...]:
-    """Return one ``(a, b, c)`` a step, the last one given repeated up to ``steps``.
-
-    Args:
-        coefficients: ``"quintic"``, ``"cubic"``, ``"polar_express"``, one triple or a list of them.
-        steps: number of iterations, >= 1.
-
-    Raises:
-        ValueError: for an unknown name, a tuple that is not of three numbers, or ``steps < 1``.
-    """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"ns_steps must be an integer of at least 1, but is {steps!r}.")
-    if isinstance(coefficients, str):
-        if coefficients not in COEFFICIENTS:
-            raise ValueError(
-                f"Unknown coefficients {coefficients!r}: use one of {sorted(COEFFICIENTS)}, "
-                "a triple (a, b, c) or a list of triples."
-            )
-        triples: Sequence = COEFFICIENTS[coefficients]
-    else:
-        try:
-            given: list[Any] = list(coefficients)
-            triples = [given] if not isinstance(given[0], Sequence) else given
-            triples = [tuple(float(number) for number in triple) for triple in triples]
-        except (TypeError, ValueError, IndexError) as error:
-            raise ValueError(
-                f"coefficients must be a name, (a, b, c) or a list of them, not {coefficients!r}."
-            ) from error
-        if any(len(triple) != 3 for triple in triples):
-            raise ValueError(f"Each of coefficients must hold 3 numbers, but got {coefficients!r}.")
-    padded = [*triples[:steps], *[triples[-1]] * (steps - len(triples))]
-    return tuple((a, b, c) for a, b, c in padded)
-
-
-@cache
+@torch.compiler.assume_constant_result
 def computes_bf16(device_type: str) -> bool:
     """Tell whether a kind of device multiplies bfloat16 matrices natively.
 
     Args:
         device_type: ``torch.device.type``, such as ``"cpu"`` or ``"cuda"``.
     """
+    return _computes_bf16(device_type)
+
+
+@cache
+def _computes_bf16(device_type: str) -> bool:
     if device_type == "cuda":
         # Emulated below compute capability 8.0, and then slower than fp32.
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -96,19 +47,171 @@ def computes_bf16(device_type: str) -> bool:
     return False
 
 
+def arithmetic(device_type: str, rows: int, columns: int) -> torch.dtype:
+    """Return the dtype that the iteration on matrices of a shape runs in unless one is given.
+
+    Args:
+        device_type: ``torch.device.type``.
+        rows: of a matrix.
+        columns: of a matrix.
+    """
+    small, large = sorted((rows, columns))
+    if device_type == "cpu" and (small < _SMALL or (small == _SMALL and _is_skinny(small, large))):
+        return torch.float32
+    return torch.bfloat16 if computes_bf16(device_type) else torch.float32
+
+
+def _is_skinny(small: int, large: int) -> bool:
+    """Tell whether the iteration on the Gram matrix takes fewer operations."""
+    return 2 * large > 3 * small
+
+
 def _iterate(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
-    """Run the iteration ``X <- a X + (b X X^T + c (X X^T)^2) X`` on ``(m, n)`` or ``(N, m, n)``."""
-    fused = torch.addmm if x.ndim == 2 else torch.baddbmm
-    for a, b, c in triples:
-        gram = x @ x.mT
-        if c == 0.0:
-            # Not the general form with c = 0: on CPU, bf16 baddbmm with alpha=0 ignores beta.
-            x = fused(x, gram, x, beta=a, alpha=b)
-        else:
-            x = fused(x, fused(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    """Run the iteration ``X <- a X + (b X X^T + c (X X^T)^2) X`` on ``(m, n)`` or ``(N, m, n)``.
+
+    The Gram matrix is of the smaller side: a tall ``x`` is multiplied from the right. ``x`` is
+    overwritten.
+    """
+    product, fused = (torch.mm, torch.addmm) if x.ndim == 2 else (torch.bmm, torch.baddbmm)
+    is_tall = x.shape[-2] > x.shape[-1]
+    side = min(x.shape[-2:])
+    gram = x.new_empty(*x.shape[:-2], side, side)
+    polynomial = torch.empty_like(gram)
+    results = (torch.empty_like(x), x)
+    for number, (a, b, c) in enumerate(triples):
+        result = results[number % 2]
+        product(*((x.mT, x) if is_tall else (x, x.mT)), out=gram)
+        # Not the general form where c = 0: on CPU, bf16 baddbmm with alpha=0 ignores beta.
+        step, alpha = (gram, b) if c == 0.0 else (polynomial, 1.0)
+        if c != 0.0:
+            fused(gram, gram, gram, beta=b, alpha=c, out=polynomial)
+        fused(x, *((x, step) if is_tall else (step, x)), beta=a, alpha=alpha, out=result)
+        x = result
     return x
 
 
+def _iterate_gram(stacks: Sequence[Tensor], triples: tuple[Triple, ...]) -> list[Tensor]:
+    """Run the same iteration on Gram matrices, and multiply each ``x`` by the product of its steps.
+
+    With ``G = X X^T``, a step multiplies ``X`` by ``S = a I + b G + c G^2`` and turns ``G`` into
+    ``S G S``: products of ``(m, m)`` alone, cheaper for ``m`` well below ``n``. In fp32 it equals
+    the plain form to rounding, up to some steps; in bf16 it overflows. A tall ``x`` is multiplied
+    from the right. Stacks of different shapes are one batch of Gram matrices, padded with zeros,
+    which stay zero.
+    """
+    counts = [len(x) for x in stacks]
+    tall = [x.shape[-2] > x.shape[-1] for x in stacks]
+    grams = [
+        torch.bmm(x.mT, x) if is_tall else torch.bmm(x, x.mT)
+        for x, is_tall in zip(stacks, tall, strict=True)
+    ]
+    gram = grams[0]
+    if len(stacks) > 1:
+        side = max(g.shape[-1] for g in grams)
+        gram = gram.new_zeros(sum(counts), side, side)
+        for part, g in zip(gram.split_with_sizes(counts), grams, strict=True):
+            part[:, : g.shape[-1], : g.shape[-1]] = g
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    product = identity
+    for number, (a, b, c) in enumerate(triples, start=1):
+        # The step is S = a I + rest.
+        rest = b * gram if c == 0.0 else torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        if number == 1:
+            product = torch.add(rest, identity, alpha=a)
+        else:
+            product = torch.baddbmm(product, rest, product, beta=a)
+        if number < len(triples):
+            half = torch.baddbmm(gram, rest, gram, beta=a)
+            gram = torch.baddbmm(half, half, rest, beta=a)
+    results = []
+    for x, is_tall, part in zip(stacks, tall, product.split_with_sizes(counts), strict=True):
+        side = min(x.shape[-2:])
+        part = part[:, :side, :side]
+        # Transposed, since from the right the first step comes first.
+        results.append(torch.bmm(x, part.mT) if is_tall else torch.bmm(part, x))
+    return results
+
+
+def _normalized(x: Tensor, eps: float) -> Tensor:
+    """Divide each matrix of a stack by its Frobenius norm; it may overwrite ``x``."""
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    # Whether the norm overflowed is free to ask on a CPU alone; elsewhere it would be a sync.
+    may_ask = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not (may_ask and math.isfinite(norm.sum().item())):
+        x = _scaled_down(x)
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return x.div_(norm.clamp_(min=eps))
+
+
+def _scaled_down(x: Tensor) -> Tensor:
+    """Divide matrices of very large entries by their largest."""
+    peak = x.abs().amax(dim=(-2, -1), keepdim=True)
+    return x / torch.where(peak > _LARGE, peak, 1.0)
+
+
+def _prefers_gram(x: Tensor, triples: tuple[Triple, ...]) -> bool:
+    """Tell whether the iteration on Gram matrices is right and cheaper for a stack."""
+    if x.dtype != torch.float32 or not _is_skinny(*sorted(x.shape[-2:])):
+        return False
+    # The rounding of a Gram matrix grows by the square of the slope at 0 in each step.
+    rounding = 2.0**-23
+    for a, _, _ in triples:
+        rounding *= a * a
+    return rounding < 0.2
+
+
+def _polar(x: Tensor, triples: tuple[Triple, ...], eps: float) -> Tensor:
+    """Orthogonalize a stack ``(N, rows, columns)``; it may overwrite ``x``."""
+    x = _normalized(x, eps)
+    if _prefers_gram(x, triples):
+        return _iterate_gram([x], triples)[0]
+    # One matrix goes 2-D: quicker, and the kernels, hence the bits, of torch.optim.Muon.
+    return _iterate(x[0], triples)[None] if len(x) == 1 else _iterate(x, triples)
+
+
+def _polar_in_chunks(x: Tensor, triples: tuple[Triple, ...], eps: float) -> Tensor:
+    """Orthogonalize a stack, on a CPU as much of it at a time as its cache holds."""
+    small, large = sorted(x.shape[-2:])
+    chunk = _WORKING_SET // (2 * small * (small + large) * x.dtype.itemsize)
+    if x.device.type != "cpu" or chunk >= len(x):
+        return _polar(x, triples, eps)
+    for part in x.split(max(1, chunk)):
+        part.copy_(_polar(part, triples, eps))
+    return x
+
+
+def orthogonalize_(
+    stacks: Sequence[Tensor], triples: tuple[Triple, ...], eps: float
+) -> list[Tensor]:
+    """Orthogonalize stacks in their own dtype and memory: what an optimizer calls.
+
+    Args:
+        stacks: matrices, each of shape ``(N, rows, columns)``, of one dtype on one device; they
+            are overwritten.
+        triples: one ``(a, b, c)`` a step.
+        eps: a Frobenius norm below this is not scaled up further.
+
+    Returns:
+        For each stack the orthogonalized matrices, in its memory or in new memory.
+    """
+    polar = list(stacks)
+    skinny = []
+    for index, x in enumerate(stacks):
+        if x.numel() == 0:
+            continue
+        if _prefers_gram(x, triples) and min(x.shape[-2:]) <= _SMALL:
+            skinny.append(index)
+        else:
+            polar[index] = _polar_in_chunks(x, triples, eps)
+    if skinny:
+        # All of them at once: a product of small matrices costs little beside the call.
+        normalized = [_normalized(stacks[index], eps) for index in skinny]
+        for index, x in zip(skinny, _iterate_gram(normalized, triples), strict=True):
+            polar[index] = x
+    return polar
+
+
+@torch.no_grad()
 def orthogonalize(
     x: Tensor,
     steps: int = 5,
@@ -130,12 +233,13 @@ def orthogonalize(
             the limit, slow), ``"polar_express"``, one triple, or a list used in order, its last
             repeated.
         eps: a Frobenius norm below this is not scaled up further, in the units of ``x``.
-        dtype: of the arithmetic; ``None`` takes bfloat16 where the device computes it natively
-            and float32 elsewhere.
+        dtype: of the arithmetic; ``None`` takes bfloat16 where the device computes it natively,
+            and float32 elsewhere and, on CPU, for matrices with a side below 64 (or skinny ones of
+            64).
 
     Returns:
         The orthogonalized matrices, same shape and dtype as ``x``. A zero matrix stays zero, a
-        matrix with a NaN becomes NaN and leaves its neighbours alone.
+        matrix with a NaN becomes NaN and leaves its neighbours alone. No gradient flows through.
 
     Raises:
         ValueError: if ``x`` has fewer than 2 dimensions, or the coefficients do not fit.
@@ -158,18 +262,10 @@ def orthogonalize(
     if not x.is_floating_point():
         raise TypeError(f"orthogonalize needs real floating-point matrices, but got {x.dtype}.")
     triples = resolve_coefficients(coefficients, steps)
-    if x.numel() == 0:
-        return x.clone()
     if dtype is None:
-        dtype = torch.bfloat16 if computes_bf16(x.device.type) else torch.float32
-
-    # One matrix stays 2-D: the same kernels as torch.optim.Muon, hence the same bits.
-    matrices = x.reshape(-1, *x.shape[-2:]) if x.ndim > 2 and x.shape[:-2].numel() > 1 else x
-    matrices = matrices.reshape(x.shape[-2:]) if x.shape[:-2].numel() == 1 else matrices
-    wide = x.shape[-2] <= x.shape[-1]
-    work = matrices if wide else matrices.mT
-    peak = work.abs().amax(dim=(-2, -1), keepdim=True)
-    work = (work / torch.where(peak > _LARGE, peak, 1.0)).to(dtype)
-    norm = torch.linalg.vector_norm(work, dim=(-2, -1), keepdim=True)
-    work = _iterate(work / norm.clamp(min=eps), triples)
-    return (work if wide else work.mT).reshape(x.shape).to(x.dtype)
+        dtype = arithmetic(x.device.type, *x.shape[-2:])
+    stack = x.reshape(-1, *x.shape[-2:]) if x.numel() else x
+    if x.dtype == torch.float64 and x.numel():
+        stack = _scaled_down(stack)  # it may be beyond the other dtypes' range
+    (polar,) = orthogonalize_([stack.to(dtype, copy=True)], triples, eps)
+    return polar.reshape(x.shape).to(x.dtype)

@@ -60,6 +60,32 @@ def message_of(capsys, arguments: list[str]) -> str:
         (["--method_name=../x"], ["method_name", "no slash", "'../x'"]),
         (["--model.num_critics=1"], ["model.num_critics must be at least 2"]),
         (["--config=sac_cheeta"], ["sac_cheeta", "did you mean sac_cheetah?"]),
+        (["--model.anneal_lr=CosineAnnealingLR"], ["model.anneal_lr.T_max must be given"]),
+        (["--model.anneal_lr=CosineAnealingLR"], ["did you mean CosineAnnealingLR?"]),
+        (["--model.anneal_lr=0.5"], ["'0.5'", "anneal_lr", "true, false or a scheduler", "StepLR"]),
+        (
+            ["--model.anneal_lr=StepLR", "--model.anneal_lr.step_size=ten"],
+            ["model.anneal_lr.step_size must be int", "'ten'"],
+        ),
+        (
+            ["--model.anneal_lr=StepLR", "--model.anneal_lr.step_size=0"],
+            ["model.anneal_lr makes no scheduler that works", "zero"],
+        ),
+        (["--model.anneal_lr=ReduceLROnPlateau"], ["anneal_lr: Multiple subclasses with name"]),
+        (
+            ["--model.anneal_lr=torch.optim.lr_scheduler.ReduceLROnPlateau"],
+            ["model.anneal_lr must be true, false", "no metric", "ReduceLROnPlateau"],
+        ),
+        (
+            [
+                "--model.anneal_lr=OneCycleLR",
+                "--model.anneal_lr.max_lr=0.1",
+                "--model.anneal_lr.total_steps=9",
+            ],
+            ["total_steps=9", "run makes 495000 updates"],
+        ),
+        (["--model.max_grad_norm=0"], ["model.max_grad_norm", "above 0", "0.0"]),
+        (["--model.max_grad_norm.critc=1"], ["model.max_grad_norm", "'critc'", "actor, critic"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and "--" in value[0] else "",
 )

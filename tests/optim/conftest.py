@@ -6,7 +6,7 @@ from tensordict.nn import TensorDictModule
 from tensordict.nn.distributions import NormalParamExtractor
 from torch import nn
 from torchrl.data import Bounded
-from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.modules import MLP, ActorValueOperator, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import ClipPPOLoss, IQLLoss, SACLoss
 
 OBSERVATIONS, ACTIONS, WIDTH = 5, 2, 16
@@ -36,6 +36,23 @@ def make_critic(depth=2):
         norm_kwargs=[{"normalized_shape": WIDTH}] * depth,
     )
     return ValueOperator(network, in_keys=["observation", "action"])
+
+
+def make_operator():
+    """Build an actor and a state value on one trunk, each with a hidden layer of its own."""
+    trunk = MLP(OBSERVATIONS, WIDTH, num_cells=[WIDTH], activate_last_layer=True)
+    policy = nn.Sequential(MLP(WIDTH, 2 * ACTIONS, num_cells=[WIDTH]), NormalParamExtractor())
+    return ActorValueOperator(
+        TensorDictModule(trunk, in_keys=["observation"], out_keys=["hidden"]),
+        ProbabilisticActor(
+            TensorDictModule(policy, in_keys=["hidden"], out_keys=["loc", "scale"]),
+            in_keys=["loc", "scale"],
+            spec=Bounded(-torch.ones(ACTIONS), torch.ones(ACTIONS)),
+            distribution_class=TanhNormal,
+            return_log_prob=True,
+        ),
+        ValueOperator(MLP(WIDTH, 1, num_cells=[WIDTH]), in_keys=["hidden"]),
+    )
 
 
 def make_value():
@@ -72,3 +89,10 @@ def iql():
     """Return an IQLLoss, whose critic is two networks: stacked action values and a state value."""
     torch.manual_seed(0)
     return IQLLoss(make_actor(), [make_critic(), make_critic()], make_value())
+
+
+@pytest.fixture
+def operator():
+    """Return an actor and a state value on one trunk."""
+    torch.manual_seed(0)
+    return make_operator()

@@ -1,6 +1,7 @@
 """One config a network: which groups it becomes, and that they train as configured."""
 
 import copy
+import re
 from dataclasses import fields
 
 import pytest
@@ -89,8 +90,18 @@ def test_sac_on_muon_leaves_heads_biases_and_norms_to_the_auxiliary_part(sac):
 
 def test_stacked_matrices_of_sac_carry_their_batch_dim_into_the_group(sac):
     optimizer = build_optimizer(sac, **BOTH_MUON)
-    assert group_of(optimizer, "critic/muon")["batch_dims"] == [1, 1]
-    assert group_of(optimizer, "actor/muon")["batch_dims"] == [0, 0]
+    assert group_of(optimizer, "critic/muon")["batch_dims"] == 1
+    assert group_of(optimizer, "actor/muon")["batch_dims"] == 0
+    assert group_of(optimizer, "critic/muon")["splits"] == 1
+
+
+def test_matrices_of_different_batch_dims_have_one_number_each(iql):
+    # IQL's critic is stacked action values and one state value.
+    group = group_of(build_optimizer(iql, **BOTH_MUON), "critic/muon")
+    stacked = [int(name.startswith("qvalue")) for name in group["param_names"]]
+    assert group["batch_dims"] == stacked
+    assert set(stacked) == {0, 1}
+    assert group["splits"] == 1
 
 
 def test_every_parameter_of_sac_is_in_exactly_one_group(sac):
@@ -285,6 +296,26 @@ def test_the_auxiliary_part_has_its_own_kind_and_rate(aux, aux_lr, expected):
     assert given == {"algorithm": aux, "lr": expected, "betas": (0.8, 0.9), "eps": 1e-5}
 
 
+def test_without_an_auxiliary_part_what_muon_does_not_take_is_refused_by_name():
+    rest = "actor.0.bias, actor.1.weight, actor.1.bias, actor.2.bias, actor.3.weight, actor.3.bias"
+    message = f"Muon does not take {rest} in 'actor', and actor.aux is null: set it to adamw or"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_optimizer(plain(), actor={"aux": None})
+
+
+def test_without_an_auxiliary_part_a_network_of_matrices_trains():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 16, bias=False), nn.Linear(16, 2, bias=False))
+    agent = nn.ModuleDict({"actor": net})
+    config = {"aux": None, "muon": {"apply_last_layer": True}}
+    optimizer = build_optimizer(agent, actor=config)
+    assert list(names(optimizer)) == ["actor/muon"]
+    before = [p.detach().clone() for p in net.parameters()]
+    net(torch.ones(4, 3)).square().sum().backward()
+    optimizer.step()
+    assert not any(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
 def test_muons_own_settings_reach_its_group():
     given = {
         "lr": 0.05,
@@ -420,7 +451,7 @@ def test_a_step_of_sac_equals_torch_muon_on_each_critic_and_torch_adamw_on_the_r
         ),
         (
             {**BOTH_MUON, "critic": {"aux": "muon"}},
-            "critic.aux must be one of adamw, adam, but is 'muon'",
+            "critic.aux must be one of adamw, adam, None, but is 'muon'",
         ),
         (
             {**BOTH_MUON, "critic": {"muon": {"momentum": 1.5}}},

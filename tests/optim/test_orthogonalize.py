@@ -15,6 +15,14 @@ from muon_rl.optim.orthogonalize import computes_bf16
 SHAPES = [(32, 32), (64, 24), (24, 64), (1, 40), (40, 1), (2, 32, 32), (3, 48, 20), (2, 3, 20, 48)]
 QUINTIC = (3.4445, -4.7750, 2.0315)
 CUBIC = (1.5, -0.5, 0.0)
+# A cubic for each of five steps, from NVIDIA Emerging-Optimizers (its set "cubic5").
+CUBIC5 = [
+    (3.3656576, -3.3420992, 0.0),
+    (2.5744352, -1.4957376, 0.0),
+    (2.5368962, -1.4312570, 0.0),
+    (2.4418906, -1.2764040, 0.0),
+    (2.2230472, -0.9630650, 0.0),
+]
 
 
 def gaussian(*shape, seed=0, dtype=torch.float32):
@@ -84,6 +92,7 @@ def test_singular_vectors_stay_and_singular_values_follow_the_polynomial(
         ("polar_express", 8, 1e-3, 1.000, 1.000),
         ("cubic", 15, 1e-2, 1.000, 1.000),
         ("cubic", 5, 1e-2, 0.076, 1.000),
+        (CUBIC5, 5, 1e-2, 0.774, 1.300),
     ],
 )
 def test_singular_values_land_in_the_published_range_and_reach_both_ends(
@@ -253,9 +262,35 @@ def test_the_result_has_the_input_dtype_and_the_input_is_unchanged(dtype):
 def test_without_a_dtype_the_device_decides(monkeypatch, native, dtype):
     module = importlib.import_module("muon_rl.optim.orthogonalize")
     monkeypatch.setattr(module, "computes_bf16", lambda device_type: native)
-    x = gaussian(40, 24)
+    x = gaussian(100, 72)
     assert torch.equal(orthogonalize(x), orthogonalize(x, dtype=dtype))
     other = {torch.bfloat16: torch.float32, torch.float32: torch.bfloat16}[dtype]
+    assert not torch.equal(orthogonalize(x), orthogonalize(x, dtype=other))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((63, 63), torch.float32),
+        ((2, 3, 63, 80), torch.float32),
+        ((64, 97), torch.float32),
+        ((300, 64), torch.float32),
+        ((64, 64), torch.bfloat16),
+        ((64, 96), torch.bfloat16),
+        ((65, 300), torch.bfloat16),
+        ((300, 65), torch.bfloat16),
+        ((2, 65, 80), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_on_a_cpu_with_bfloat16_a_side_below_64_or_skinny_at_64_takes_float32(
+    monkeypatch, shape, dtype
+):
+    module = importlib.import_module("muon_rl.optim.orthogonalize")
+    monkeypatch.setattr(module, "computes_bf16", lambda device_type: True)
+    x = gaussian(*shape)
+    other = {torch.bfloat16: torch.float32, torch.float32: torch.bfloat16}[dtype]
+    assert torch.equal(orthogonalize(x), orthogonalize(x, dtype=dtype))
     assert not torch.equal(orthogonalize(x), orthogonalize(x, dtype=other))
 
 

@@ -1,0 +1,130 @@
+"""A compiled step: the whole in one graph, the results of eager, and no recompilation."""
+
+import pytest
+import torch
+from torch import nn
+
+from muon_rl.optim import Muon
+
+STEPS = 6
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def build(**options):
+    """Build an optimizer of a stack, a fused matrix, a kernel, an AdamW and an Adam group."""
+    shapes = [(2, 24, 16), (24, 16), (48, 16), (16, 4, 3, 3), (2, 16), (8,), ()]
+    params = [nn.Parameter(gaussian(*shape, seed=i)) for i, shape in enumerate(shapes)]
+    groups = [
+        {"params": params[:3], "batch_dims": [1, 0, 0], "splits": [1, 1, 3], "name": "muon"},
+        {"params": params[3:4], "lr": 0.05, "nesterov": False, "name": "conv"},
+        {"params": params[4:5], "algorithm": "adamw", "name": "aux"},
+        {"params": params[5:], "algorithm": "adam", "lr": 3e-4, "name": "alpha"},
+    ]
+    return Muon(groups, weight_decay=0.1, **options), params
+
+
+def run(step, params, *, idle=()):
+    """Step with gradients that depend on the step and the parameter; ``idle`` ones have none."""
+    for number in range(STEPS):
+        for i, p in enumerate(params):
+            p.grad = None if i in idle else gaussian(*p.shape, seed=100 * number + i)
+        step()
+
+
+class Counter:
+    """A backend that counts its graphs and runs them as they are."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def assert_equal_runs(optimizer, params, twin, twin_params, *, atol):
+    assert not any(torch.equal(p, gaussian(*p.shape, seed=i)) for i, p in enumerate(params))
+    for p, other in zip(params, twin_params, strict=True):
+        torch.testing.assert_close(p, other, rtol=0, atol=atol)
+        mine, others = optimizer.state[p], twin.state[other]
+        assert mine.keys() == others.keys()
+        for key in mine:
+            torch.testing.assert_close(mine[key], others[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_a_step_in_one_graph_equals_eager_and_compiles_at_most_twice(dtype):
+    optimizer, params = build(dtype=dtype)
+    twin, twin_params = build(dtype=dtype)
+    counter = Counter()
+    run(torch.compile(optimizer.step, fullgraph=True, backend=counter), params)
+    run(twin.step, twin_params)
+    assert 1 <= counter.graphs <= 2
+    atol = 2e-3 if dtype == torch.bfloat16 else 1e-5
+    assert_equal_runs(optimizer, params, twin, twin_params, atol=atol)
+
+
+def test_through_aot_autograd_it_equals_eager_too():
+    optimizer, params = build()
+    twin, twin_params = build()
+    run(torch.compile(optimizer.step, fullgraph=True, backend="aot_eager"), params)
+    run(twin.step, twin_params)
+    assert_equal_runs(optimizer, params, twin, twin_params, atol=1e-5)
+
+
+def test_a_rate_in_a_tensor_may_change_without_another_graph():
+    rate, counter = torch.tensor(0.02), Counter()
+    optimizer, params = build(lr=rate)
+    step = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+    run(step, params)
+    graphs = counter.graphs
+    rate.fill_(0.01)
+    run(step, params)
+    assert counter.graphs == graphs
+
+
+def test_parameters_without_a_gradient_stay_as_they_are():
+    optimizer, params = build()
+    before = [p.detach().clone() for p in params]
+    step = torch.compile(optimizer.step, fullgraph=True, backend=Counter())
+    idle = (1, 4)
+    run(step, params, idle=idle)
+    for i, (p, old) in enumerate(zip(params, before, strict=True)):
+        assert torch.equal(p, old) == (i in idle)
+
+
+def test_a_delayed_momentum_equals_eager():
+    delay = {"momentum_start_step": 1, "momentum_warmup_steps": 2}
+    runs = []
+    for compiled in (False, True):
+        params = [nn.Parameter(gaussian(*shape, seed=1)) for shape in ((24, 16), (5,))]
+        groups = [
+            {"params": params[:1], **delay},
+            {"params": params[1:], "algorithm": "adamw", **delay},
+        ]
+        optimizer = Muon(groups)
+        run(torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step, params)
+        assert [group["momentum_step"] for group in optimizer.param_groups] == [3, 3]
+        runs.append(params)
+    for p, other in zip(*runs, strict=True):
+        torch.testing.assert_close(p, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+@pytest.mark.slow
+def test_compiled_by_inductor_a_step_equals_eager():
+    optimizer, params = build()
+    twin, twin_params = build()
+    run(torch.compile(optimizer.step, fullgraph=True), params)
+    run(twin.step, twin_params)
+    assert_equal_runs(optimizer, params, twin, twin_params, atol=1e-5)
