@@ -136,7 +136,9 @@ def check_optimizer(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer
         )
     for before, now in zip(saved, ours, strict=True):
         for option, value in now.items():
-            old = before.get(option)
+            if option not in before:  # saved before there was such an option
+                continue
+            old = before[option]
             if option == "lr":
                 # A schedule moves lr; initial_lr is what the config said.
                 old, value = (group.get("initial_lr", group["lr"]) for group in (before, now))

@@ -80,15 +80,15 @@ def _collect(
         gradient = sharded.local(gradient)
         if weight_decay != 0:
             sharded.local(p).mul_(1 - lr * weight_decay)
+        rows, columns = p.shape[batch_dims] // splits, p.shape[batch_dims + 1 :].numel()
+        dtype = group["dtype"] or arithmetic(gradient.device.type, rows, columns)
         if sharded.cuts_matrices(p, batch_dims):
             # Moved here, and gathered as its own update: every process has the same stack then.
             average.lerp_(gradient, 1 - momentum)
-            gradient = average = sharded.gather(torch.lerp(gradient, average, lookahead), p)
+            update = torch.lerp(gradient, average, lookahead)
+            gradient = average = sharded.gather(update, p, dtype)
         if gradient.numel() == 0:  # fewer critics than processes
             continue
-        shape = gradient.shape
-        rows, columns = shape[batch_dims] // splits, shape[batch_dims + 1 :].numel()
-        dtype = group["dtype"] or arithmetic(gradient.device.type, rows, columns)
         rate = lr * rate_ratio(group["adjust_lr"], rows, columns)
         number = gradient.numel() // (rows * columns)
         shapes = kinds[(triples, group["eps"], dtype, gradient.device)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from muon_rl.optim import sharded
 from muon_rl.optim.adaptive import step_adam
 from muon_rl.optim.explain import explanations, table
 from muon_rl.optim.groups import (
@@ -235,12 +236,14 @@ class Muon(torch.optim.Optimizer):
         owners = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not owners:
             return True
-        grads = [p.grad for _, p in owners]
-        if bool(torch.isfinite(torch.nn.utils.get_total_norm(grads))):
+        params = [p for _, p in owners]
+        grads = [sharded.local(p.grad) for p in params]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if bool(sharded.agree(torch.isfinite(norm), params)):
             return True
-        # The norm of large finite gradients overflows: only their largest entries can tell.
-        largest = torch._foreach_norm(grads, ord=torch.inf)
-        finite = torch.isfinite(torch.stack([x.to(largest[0].device) for x in largest]))
+        # The norm of large finite gradients overflows: only their entries can tell.
+        flags = [torch.isfinite(grad).all().to(norm.device) for grad in grads]
+        finite = sharded.agree(torch.stack(flags), params)
         if bool(finite.all()):
             return True
         if self.on_nonfinite == "raise":

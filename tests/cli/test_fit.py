@@ -61,7 +61,7 @@ def test_the_run_tells_what_made_it(trained):
     assert record.data.params["data.total_frames"] == "400"
     assert record.data.params["model.optimizer.critic.muon.lr"] == "0.02"
     artifacts = {item.path for item in trained.client.list_artifacts(record.info.run_id)}
-    assert artifacts == {"config.yaml", "versions.yaml"}
+    assert artifacts == {"config.yaml", "optimizer.txt", "versions.yaml"}
 
 
 def test_the_config_on_the_run_makes_the_same_run(trained, workspace):
