@@ -156,7 +156,7 @@ def moving(group: dict[str, Any]) -> set[str]:
         group: with its scheduler, if it has one: OneCycleLR and CyclicLR move the momentum too.
     """
     cycled = {"momentum", "betas"} if "base_momentum" in group else set()
-    return {"params", "momentum_step"} | cycled
+    return {"params", "momentum_step", "step"} | cycled
 
 
 def check_schedule(checkpoint: dict[str, Any], config: str) -> None:

@@ -12,6 +12,7 @@ from muon_rl.optim.schedules import (
     momentum_at,
     refresh_learning_rates,
 )
+from muon_rl.optim.sharded import zero_groups
 
 __all__ = [
     "MomentumSchedule",
@@ -27,4 +28,5 @@ __all__ = [
     "orthogonalize",
     "parameter_roles",
     "refresh_learning_rates",
+    "zero_groups",
 ]

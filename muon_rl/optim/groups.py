@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from muon_rl.optim.coefficients import resolve_coefficients
@@ -15,7 +16,7 @@ ALGORITHMS = ("muon", "adamw", "adam")
 ADJUSTMENTS = ("original", "match_rms_adamw", None)
 
 _COMMON = {"params", "param_names", "algorithm", "name", "lr", "initial_lr"}
-SCHEDULE = {"momentum_start_step": 0, "momentum_warmup_steps": 0, "momentum_step": 0}
+SCHEDULE = {"momentum_start_step": 0, "momentum_warmup_steps": 0, "momentum_step": 0, "step": 0}
 _SHARED = _COMMON | SCHEDULE.keys() | {"eps", "weight_decay", "batch_dims"}
 _MUON_OPTIONS = _SHARED | {
     "momentum", "nesterov", "ns_steps", "coefficients", "adjust_lr", "dtype", "splits",
@@ -74,9 +75,12 @@ def next_momentum(group: dict[str, Any]) -> float:
 
 
 def count_step(group: dict[str, Any]) -> None:
-    """Count a step of a group's momentum schedule, up to its end."""
+    """Count a step of a group, and one of its momentum schedule up to the schedule's end."""
+    # What moves would have a compiled step compiled anew: the schedule's count stands still after
+    # its end, and the other one, which only messages tell, is left out there.
+    if not torch.compiler.is_compiling():
+        group["step"] += 1
     end = group["momentum_start_step"] + group["momentum_warmup_steps"]
-    # It stands still without a schedule and after it, so that a compiled step stays compiled.
     if group["momentum_step"] < end:
         group["momentum_step"] += 1
 
@@ -123,7 +127,7 @@ def check_group(group: dict[str, Any]) -> None:
         )
     if not group["eps"] >= 0.0:
         raise ValueError(f"eps must be at least 0, but is {group['eps']} in {where}.")
-    for option in ("momentum_start_step", "momentum_warmup_steps", "momentum_step"):
+    for option in SCHEDULE:
         count = group[option]
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             raise ValueError(

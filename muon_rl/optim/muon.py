@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
               query, key, value), default 1; one number, or one a parameter;
             - ``momentum_start_step`` and ``momentum_warmup_steps``: optimizer steps with a
               momentum (or Adam's beta1) of 0 at first, and of a linear rise after them, default 0;
-              ``momentum_step`` counts them;
+              ``momentum_step`` counts them, ``step`` all steps;
             - Muon groups: every argument below;
             - Adam groups: torch's ``lr`` (1e-3), ``betas`` (0.9, 0.999), ``eps`` (1e-8),
               ``weight_decay`` (0.01 for ``adamw``, 0 for ``adam``) and ``fused``. They never
@@ -249,9 +249,10 @@ class Muon(torch.optim.Optimizer):
         if self.on_nonfinite == "raise":
             group, p = owners[int((~finite).nonzero()[0])]
             raise FloatingPointError(
-                f"The gradient of {name_of(group, p)!r} (group {group['name']!r}) is not finite; "
-                "no parameter was changed. Try a lower rate (Muon: 0.01 or less), a momentum of "
-                "0.9 or clipping by norm, or look for a NaN in the loss's inputs."
+                f"The gradient of {name_of(group, p)!r} (group {group['name']!r}) is not finite in "
+                f"optimizer step {group['step'] + 1}; no parameter was changed. Try a lower rate "
+                "(Muon: 0.01 or less), a momentum of 0.9 or clipping by norm, or look for a NaN in "
+                "the loss's inputs."
             )
         self.skipped_steps += 1
         return False

@@ -376,3 +376,21 @@ def test_skip_returns_the_loss_of_the_closure():
 
     assert optimizer.step(closure) == 1.25
     assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_the_message_tells_the_number_of_the_step_skipped_ones_left_out(reloaded):
+    params = parameters((4, 3), (4,))
+    groups = [{"params": params[:1]}, {"params": params[1:], "algorithm": "adam"}]
+    optimizer = Muon(groups, on_nonfinite="skip")
+    drive(optimizer, params, steps=5)
+    params[0].grad[0, 0] = torch.nan
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    if reloaded:
+        again = Muon(groups, on_nonfinite="raise")
+        again.load_state_dict(optimizer.state_dict())
+        optimizer = again
+    optimizer.on_nonfinite = "raise"
+    with pytest.raises(FloatingPointError, match=r"'group0\[0\]' .* in optimizer step 6;"):
+        optimizer.step()
