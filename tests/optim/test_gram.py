@@ -82,7 +82,6 @@ class LongProducts(TorchDispatchMode):
         ((64, 256), torch.bfloat16, "plain"),
         ((256, 64), torch.bfloat16, "plain"),
         ((2, 64, 256), torch.bfloat16, "plain"),
-        ((64, 256), torch.float64, "plain"),
     ],
     ids=str,
 )
@@ -111,6 +110,14 @@ def test_the_gram_form_is_taken_for_few_steps_as_its_rounding_grows(
     with LongProducts(shape) as products:
         orthogonalize(gaussian(*shape), steps, coefficients, dtype=torch.float32)
     assert products.count == {"gram": 2, "plain": 2 * steps}[form]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(("coefficients", "steps"), [("cubic", 1), ("cubic", 3), ("quintic", 5)])
+def test_the_gram_form_is_never_taken_in_another_arithmetic(coefficients, steps, dtype):
+    with LongProducts((40, 200)) as products:
+        orthogonalize(gaussian(40, 200), steps, coefficients, dtype=dtype)
+    assert products.count == 2 * steps
 
 
 @pytest.mark.parametrize(

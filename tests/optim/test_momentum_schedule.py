@@ -97,7 +97,8 @@ def test_it_is_zero_before_its_start_then_rises_along_a_line(algorithm, start, w
 
 
 @pytest.mark.parametrize(
-    ("step", "momentum"), [(0, 0.0), (9, 0.0), (10, 0.0), (15, 0.45), (19, 0.81), (20, 0.9)]
+    ("step", "momentum"),
+    [(0, 0.0), (9, 0.0), (10, 0.0), (15, 0.45), (19, 0.81), (20, 0.9), (21, 0.9), (1000, 0.9)],
 )
 def test_the_function_has_these_values_at_0_and_around_start_and_end(step, momentum):
     assert momentum_at(0.9, step, start_step=10, warmup_steps=10) == pytest.approx(momentum)
