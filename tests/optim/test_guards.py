@@ -394,3 +394,38 @@ def test_the_message_tells_the_number_of_the_step_skipped_ones_left_out(reloaded
     optimizer.on_nonfinite = "raise"
     with pytest.raises(FloatingPointError, match=r"'group0\[0\]' .* in optimizer step 6;"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arithmetic", "large"),
+    [(torch.float64, None, 1e40), (torch.float32, torch.float16, 1e30), (BF16, None, 1e20)],
+)
+def test_gradients_beyond_the_arithmetic_move_the_parameter_as_ordinary_ones(
+    dtype, arithmetic, large
+):
+    moved = []
+    for scale in (1.0, large):
+        params = [nn.Parameter(torch.zeros(2, 80, 70, dtype=dtype))]
+        params[0].grad = (gaussian(2, 80, 70) * scale).to(dtype)
+        params[0].grad[1] /= scale  # the second critic's is an ordinary one
+        group = {"params": params, "batch_dims": 1, "dtype": arithmetic}
+        Muon([group], on_nonfinite="raise").step()
+        moved.append(params[0].detach())
+    for critic in range(2):
+        ordinary, other = (move[critic].double().flatten() for move in moved)
+        torch.testing.assert_close(other.norm(), ordinary.norm(), rtol=0.01, atol=0)
+        assert torch.cosine_similarity(ordinary, other, dim=0) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("dtype", "bfloat16"), ("dtype", torch.int32), ("splits", 2.0), ("batch_dims", 0.0)],
+)
+def test_an_option_of_another_type_is_refused_and_named(option, value):
+    with pytest.raises(TypeError, match=rf"{option} must be .* in group 'group0'"):
+        Muon([{"params": parameters((4, 4)), option: value}])
+
+
+def test_an_infinite_rate_is_refused():
+    with pytest.raises(ValueError, match="lr must be finite, but is inf"):
+        Muon(parameters((4, 4)), lr=torch.inf)
