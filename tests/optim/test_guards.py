@@ -406,7 +406,7 @@ def test_gradients_beyond_the_arithmetic_move_the_parameter_as_ordinary_ones(
     moved = []
     for scale in (1.0, large):
         params = [nn.Parameter(torch.zeros(2, 80, 70, dtype=dtype))]
-        params[0].grad = (gaussian(2, 80, 70) * scale).to(dtype)
+        params[0].grad = gaussian(2, 80, 70).to(dtype) * scale
         params[0].grad[1] /= scale  # the second critic's is an ordinary one
         group = {"params": params, "batch_dims": 1, "dtype": arithmetic}
         Muon([group], on_nonfinite="raise").step()
