@@ -55,7 +55,7 @@ def build_optimizer(
     if unknown := sorted(set(networks) - set(roles)):
         raise ValueError(
             f"No trainable network named {', '.join(unknown)} in {type(loss).__name__}; "
-            f"it has {', '.join(roles) or 'none'}."
+            f"it has {', '.join(roles) or 'none'}, its children's names."
         )
     if missing := sorted(set(roles) - set(networks)):
         raise ValueError(
@@ -136,7 +136,7 @@ def _groups(
     if rest and config.aux is None:
         raise ValueError(
             f"Muon does not take {', '.join(name for name, _ in rest)} in {network!r}, and "
-            f"{network}.aux is null: set it to adamw or adam, or freeze what is not to be trained."
+            f"{network}.aux is none: set it to adamw or adam, or freeze what is not to be trained."
         )
     if rest:
         groups.append(

@@ -18,7 +18,7 @@ class MuonConfig:
         weight_decay: decoupled decay, per update and unit of rate.
         ns_steps: Newton-Schulz iterations.
         coefficients: quintic, cubic, polar_express, a triple or a list of triples.
-        adjust_lr: original, match_rms_adamw, or null for none.
+        adjust_lr: original, match_rms_adamw or none.
         apply_first_layer: whether Muon takes the weights of the first layer.
         apply_last_layer: whether Muon takes the weights of the last layer (the heads).
         include: name patterns (`*0.weight`) of further matrices for Muon, whatever their role.
@@ -31,7 +31,7 @@ class MuonConfig:
     weight_decay: float = 0.0
     ns_steps: int = 5
     coefficients: str | list[float] | list[list[float]] = "quintic"
-    adjust_lr: Literal["original", "match_rms_adamw"] | None = "original"
+    adjust_lr: Literal["original", "match_rms_adamw", "none"] | None = "original"
     apply_first_layer: bool = True
     apply_last_layer: bool = False
     include: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class OptimizerConfig:
         betas: Adam's decay rates of the first and second moment.
         eps: Adam's denominator term.
         weight_decay: decoupled decay, in case adamw only; the auxiliary part never decays.
-        aux: adamw or adam, for what Muon does not take; with null, such a parameter is an error.
+        aux: adamw or adam, for what Muon does not take; with none, such a parameter is an error.
         aux_lr: rate of the auxiliary part; left out, it is `lr`.
         momentum_schedule: of Muon's momentum and of Adam's first beta.
         muon: Muon's own settings, in case muon.
@@ -74,7 +74,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    aux: Literal["adamw", "adam"] | None = "adamw"
+    aux: Literal["adamw", "adam", "none"] | None = "adamw"
     aux_lr: float | None = None
     momentum_schedule: MomentumSchedule = field(default_factory=MomentumSchedule)
     muon: MuonConfig = field(default_factory=MuonConfig)
@@ -107,6 +107,11 @@ class OptimizerConfig:
                 raise TypeError(
                     f"{network}.{part} must hold the settings of {kind.__name__}, but is {given!r}."
                 )
+        # A word too, since jsonargparse 4.53 hands a null of the command line on as "None".
+        if config.aux == "none":
+            config = replace(config, aux=None)
+        if config.muon.adjust_lr == "none":
+            config = replace(config, muon=replace(config.muon, adjust_lr=None))
         cases = ("muon", "adamw", "adam")
         for option, allowed in (("case", cases), ("aux", ("adamw", "adam", None))):
             if getattr(config, option) not in allowed:

@@ -119,6 +119,13 @@ def name_of(group: dict[str, Any], parameter: Tensor) -> str:
 def check_group(group: dict[str, Any]) -> None:
     """Raise if a group holds a value or a parameter that its algorithm cannot take."""
     where = f"group {group['name']!r}"
+    for option in ("lr", "weight_decay", "eps", "momentum"):
+        value = group.get(option, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+            raise TypeError(
+                f"{option} must be a number, but is {value!r} in {where} (YAML reads 3e-4 as a "
+                "word: write 3.0e-4)."
+            )
     if not float(group["lr"]) >= 0.0:
         raise ValueError(f"lr must be at least 0, but is {group['lr']} in {where}.")
     if math.isinf(group["lr"]):

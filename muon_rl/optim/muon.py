@@ -180,6 +180,29 @@ class Muon(torch.optim.Optimizer):
             for option, value in SCHEDULE.items():
                 group.setdefault(option, value)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back a state, also one of ``torch.optim.Muon`` over the same matrices.
+
+        Args:
+            state_dict: of an optimizer with the same groups; options that it lacks stay as they
+                are here.
+
+        Raises:
+            ValueError: if the groups hold parameters of other names, or another number of them.
+        """
+        groups = []
+        for saved, ours in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            theirs, mine = saved.get("param_names"), ours.get("param_names")
+            if theirs and mine and theirs != mine:
+                raise ValueError(
+                    f"Group {ours['name']!r} holds {', '.join(mine)}, but the state's holds "
+                    f"{', '.join(theirs)}: build the optimizer with the settings it was saved with."
+                )
+            options = {name: value for name, value in ours.items() if name != "params"}
+            groups.append({**options, **saved})
+        rest = state_dict["param_groups"][len(groups) :]
+        super().load_state_dict({**state_dict, "param_groups": [*groups, *rest]})
+
     def explain(self) -> None:
         """Print a table of all parameters: name, shape, role, group, and why it is there.
 

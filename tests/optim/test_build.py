@@ -298,7 +298,7 @@ def test_the_auxiliary_part_has_its_own_kind_and_rate(aux, aux_lr, expected):
 
 def test_without_an_auxiliary_part_what_muon_does_not_take_is_refused_by_name():
     rest = "actor.0.bias, actor.1.weight, actor.1.bias, actor.2.bias, actor.3.weight, actor.3.bias"
-    message = f"Muon does not take {rest} in 'actor', and actor.aux is null: set it to adamw or"
+    message = f"Muon does not take {rest} in 'actor', and actor.aux is none: set it to adamw or"
     with pytest.raises(ValueError, match=re.escape(message)):
         build_optimizer(plain(), actor={"aux": None})
 
@@ -513,3 +513,30 @@ def test_a_pattern_that_fits_no_parameter_is_refused(option):
     module = nn.ModuleDict({"actor": nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))})
     with pytest.raises(ValueError, match=r"'\*typo\*' in actor\.muon fits no parameter"):
         build_optimizer(module, actor={"muon": {option: ["*typo*"]}})
+
+
+def test_none_is_a_word_too(sac):
+    optimizer = build_optimizer(
+        sac, actor={"case": "muon", "muon": {"adjust_lr": "none"}}, critic={"case": "adamw"}
+    )
+    assert optimizer.param_groups[0]["adjust_lr"] is None
+    with pytest.raises(ValueError, match=r"actor\.aux is none: set it to adamw or adam"):
+        build_optimizer(sac, actor={"aux": "none"}, critic={})
+
+
+@pytest.mark.parametrize("option", ["lr", "eps", "weight_decay"])
+def test_a_number_that_yaml_read_as_a_word_is_refused(sac, option):
+    with pytest.raises(TypeError, match=rf"{option} must be a number, but is '3e-4' .* 3\.0e-4"):
+        build_optimizer(sac, actor={"case": "adamw", option: "3e-4"}, critic={})
+
+
+def test_a_state_of_other_groups_of_equal_sizes_is_refused_and_names_them():
+    def net():
+        return nn.ModuleDict({"actor": nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)))})
+
+    saved = build_optimizer(net(), actor={}).state_dict()
+    other = {"apply_first_layer": False, "apply_last_layer": True}
+    with pytest.raises(
+        ValueError, match=r"'actor/muon' holds actor\.1\.weight, actor\.2\.weight, but"
+    ):
+        build_optimizer(net(), actor={"muon": other}).load_state_dict(saved)

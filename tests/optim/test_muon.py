@@ -638,3 +638,16 @@ def test_a_refused_group_leaves_the_optimizer_and_the_given_dict_as_they_were():
         assert group == given
         assert len(optimizer.param_groups) == 1
         assert optimizer.defaults == defaults
+
+
+def test_a_run_of_torch_muon_goes_on_from_its_state_dict():
+    start = parameters((80, 70), (70, 96))
+    theirs = clones(start)
+    optimizer = torch.optim.Muon(theirs, lr=0.03, weight_decay=0.1, momentum=0.9)
+    drive(optimizer, theirs, steps=3)
+    ours = clones(theirs)
+    ahead = Muon(ours, dtype=BF16)
+    ahead.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    drive(optimizer, theirs, start=3, steps=3)
+    drive(ahead, ours, start=3, steps=3)
+    assert_same_products(ours, theirs)
