@@ -73,19 +73,23 @@ def _iterate(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
     """
     product, fused = (torch.mm, torch.addmm) if x.ndim == 2 else (torch.bmm, torch.baddbmm)
     is_tall = x.shape[-2] > x.shape[-1]
+    is_square = x.shape[-2] == x.shape[-1]
     side = min(x.shape[-2:])
-    gram = x.new_empty(*x.shape[:-2], side, side)
-    polynomial = torch.empty_like(gram)
-    results = (torch.empty_like(x), x)
-    for number, (a, b, c) in enumerate(triples):
-        result = results[number % 2]
+    result = torch.empty_like(x)
+    polynomial = x.new_empty(*x.shape[:-2], side, side)
+    space = None if is_square else torch.empty_like(polynomial)
+    for a, b, c in triples:
+        # A square result may lie where its Gram matrix was: less memory, more of it in the cache.
+        gram = polynomial if c == 0.0 else result if space is None else space
         product(*((x.mT, x) if is_tall else (x, x.mT)), out=gram)
-        # Not the general form where c = 0: on CPU, bf16 baddbmm with alpha=0 ignores beta.
-        step, alpha = (gram, b) if c == 0.0 else (polynomial, 1.0)
+        alpha = b
         if c != 0.0:
+            # Not where c = 0: on CPU, bf16 baddbmm with alpha=0 ignores beta.
             fused(gram, gram, gram, beta=b, alpha=c, out=polynomial)
-        fused(x, *((x, step) if is_tall else (step, x)), beta=a, alpha=alpha, out=result)
-        x = result
+            alpha = 1.0
+        step = (x, polynomial) if is_tall else (polynomial, x)
+        fused(x, *step, beta=a, alpha=alpha, out=result)
+        x, result = result, x
     return x
 
 
