@@ -124,6 +124,13 @@ def ours(make: Callable[[], Muon]) -> Contender:
     return Contender("muon_rl", optimizer.step)
 
 
+def compiled(make: Callable[[], Muon]) -> Contender:
+    """Return the same, compiled as one graph: Python and the passes over memory are fused away."""
+    optimizer = make()
+    give_gradients([p for group in optimizer.param_groups for p in group["params"]])
+    return Contender("muon_rl, torch.compile", torch.compile(optimizer.step, fullgraph=True))
+
+
 def torch_muon(make: Callable[[], Muon]) -> Contender:
     """Return torch's Muon on every matrix by itself, and torch's fused AdamW on the rest."""
     plain, rest = (list(map(nn.Parameter, group)) for group in matrices(make()))
@@ -244,9 +251,10 @@ def product_rate(steps: int) -> tuple[float, float]:
 
 def measure(make: Callable[[], Muon], *, rounds: int, threads: int, steps: int) -> dict:
     """Return for each contender its milliseconds, wall-clock and CPU, one pair a round."""
-    makers = [torch_muon, fused_adamw, ours, products_alone] + ([optax_muon] if optax else [])
-    contenders = [maker(make) for maker in makers]
+    torch.compiler.reset()  # code is compiled for a number of threads
     torch.set_num_threads(threads)
+    makers = [torch_muon, fused_adamw, ours, compiled, products_alone]
+    contenders = [maker(make) for maker in [*makers, *([optax_muon] if optax else [])]]
     operations = flop(make())
     for contender in contenders:
         seconds(contender.step, 3)

@@ -49,7 +49,8 @@ def step_adam(
             [sharded.local(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
-            fused=fused,
+            # torch does not compile its fused Adam; the compiler fuses the other.
+            fused=None if torch.compiler.is_compiling() else fused,
             # torch takes it on accelerators only; on a CPU there is no graph to capture.
             capturable=capturable and params[0].device.type != "cpu",
             decoupled_weight_decay=decoupled,

@@ -27,7 +27,8 @@ def build(**options):
     groups = [
         {"params": params[:3], "batch_dims": [1, 0, 0], "splits": [1, 1, 3], "name": "muon"},
         {"params": params[3:4], "lr": 0.05, "nesterov": False, "name": "conv"},
-        {"params": params[4:5], "algorithm": "adamw", "name": "aux"},
+        # As build_optimizer makes them: torch does not compile its fused Adam.
+        {"params": params[4:5], "algorithm": "adamw", "name": "aux", "fused": True},
         {"params": params[5:], "algorithm": "adam", "lr": 3e-4, "name": "alpha"},
     ]
     return Muon(groups, weight_decay=0.1, **options), params
