@@ -5,27 +5,15 @@ import io
 
 import pytest
 import torch
+from driving import assert_same_bits, assert_same_products, clones, gaussian, parameters
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon_rl.optim import Muon, orthogonalize
-from muon_rl.optim.orthogonalize import computes_bf16
 
 BF16 = torch.bfloat16
 aten = torch.ops.aten
 iteration = importlib.import_module("muon_rl.optim.orthogonalize")
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def parameters(*shapes, seed=0):
-    return [nn.Parameter(gaussian(*shape, seed=seed + i)) for i, shape in enumerate(shapes)]
-
-
-def clones(params):
-    return [nn.Parameter(p.detach().clone()) for p in params]
 
 
 def drive(optimizers, params, *, start=0, steps=4):
@@ -35,21 +23,6 @@ def drive(optimizers, params, *, start=0, steps=4):
             p.grad = gaussian(*p.shape, seed=1000 * step + i) + 0.1 * p.detach()
         for optimizer in optimizers:
             optimizer.step()
-
-
-def assert_same_bits(left, right):
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert torch.equal(a, b)
-
-
-def assert_same_products(left, right):
-    """Compare what different kernels multiplied: equal in every bit where bfloat16 is native."""
-    # Emulated, the products of one matrix, of a stack and of a transpose are rounded differently.
-    atol = 0.0 if computes_bf16("cpu") else 5e-3
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        torch.testing.assert_close(a.detach(), b.detach(), rtol=0, atol=atol)
 
 
 class Products(TorchDispatchMode):

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
+from driving import gaussian
 from torch import nn
 
 from muon_rl.optim import Muon
 
 STEPS = 6
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(autouse=True)

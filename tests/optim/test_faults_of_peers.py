@@ -2,16 +2,13 @@
 
 import pytest
 import torch
+from driving import gaussian
 from torch import nn
 
 from muon_rl.optim import Muon, build_optimizer, orthogonalize
 
 # In float64 so many steps reach the polar factor itself.
 EXACT = {"coefficients": "polar_express", "ns_steps": 16, "dtype": torch.float64}
-
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def polar(x):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from driving import gaussian
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,10 +13,6 @@ aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm}
 # Each has 2 * (larger side) > 3 * (smaller side), tall ones and stacks among them.
 OBLONG = [(24, 64), (64, 24), (64, 256), (3, 256, 64), (2, 2, 40, 61), (1, 40)]
-
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def iterate(x, coefficients, steps):

@@ -4,49 +4,12 @@ import re
 
 import pytest
 import torch
+from driving import assert_same_bits, clones, drive, gaussian, give_gradients, parameters, snapshot
 from torch import nn
 
 from muon_rl.optim import Muon
 
 BF16 = torch.bfloat16
-
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def parameters(*shapes, seed=0):
-    return [nn.Parameter(gaussian(*shape, seed=seed + i)) for i, shape in enumerate(shapes)]
-
-
-def clones(params):
-    return [nn.Parameter(p.detach().clone()) for p in params]
-
-
-def give_gradients(params, step):
-    """Set gradients that depend on the step, the position and the parameter itself."""
-    for i, p in enumerate(params):
-        p.grad = gaussian(*p.shape, seed=1000 * step + i).to(p.dtype) + 0.1 * p.detach()
-
-
-def drive(optimizer, params, *, start=0, steps=4):
-    for step in range(start, start + steps):
-        give_gradients(params, step)
-        optimizer.step()
-    return params
-
-
-def assert_same_bits(left, right):
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert torch.equal(a, b)
-
-
-def snapshot(optimizer):
-    """Copy every parameter and every tensor of the state."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = [v for p in params for v in optimizer.state.get(p, {}).values()]
-    return [torch.as_tensor(t).detach().clone() for t in params + state]
 
 
 # --------------------------------------------------------------------------------------- guards

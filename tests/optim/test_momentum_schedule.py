@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from driving import assert_same_bits, gaussian
 from torch import nn
 
 from muon_rl.optim import MomentumSchedule, Muon, OptimizerConfig, build_optimizer
@@ -16,10 +17,6 @@ BF16 = torch.bfloat16
 # So many steps reach the polar factor itself.
 EXACT = {"coefficients": "polar_express", "ns_steps": 16, "dtype": torch.float64}
 DELAYS = [(3, 0), (0, 3), (2, 3), (0, 0)]
-
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def scheduled(start, warmup):
@@ -59,12 +56,6 @@ def drive(optimizer, params, *, start=0, steps=4):
         for i, p in enumerate(params):
             p.grad = gaussian(*p.shape, seed=1000 * step + i) + 0.1 * p.detach()
         optimizer.step()
-
-
-def assert_same_bits(left, right):
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert torch.equal(a, b)
 
 
 # -------------------------------------------------------------------------- its values

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from driving import gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,10 +24,6 @@ CUBIC5 = [
     (2.4418906, -1.2764040, 0.0),
     (2.2230472, -0.9630650, 0.0),
 ]
-
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def polar(x):

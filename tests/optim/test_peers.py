@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from driving import gaussian
 from torch import nn
 
 from muon_rl.optim import Muon, orthogonalize
@@ -13,10 +14,6 @@ optax = pytest.importorskip("optax", reason="optax is the other side of the comp
 QUINTIC = (3.4445, -4.7750, 2.0315)
 # optax adds its eps to the norm, torch and we bound the norm by it.
 EPS = 1e-12
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def to_jax(x):
