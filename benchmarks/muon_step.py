@@ -34,7 +34,7 @@ from torchrl.objectives import SACLoss
 
 from muon_rl.modules import QCritic, TanhNormalActor
 from muon_rl.optim import Muon, build_optimizer
-from muon_rl.optim.groups import matrix_shapes
+from muon_rl.optim.groups import matrix_shape, per_parameter
 from muon_rl.optim.orthogonalize import arithmetic, computes_bf16
 from muon_rl.specs import Specs
 
@@ -102,9 +102,16 @@ def matrices(optimizer: Muon) -> tuple[list[Tensor], list[Tensor]]:
         if group["algorithm"] != "muon":
             rest += [p.detach().clone() for p in group["params"]]
             continue
-        for p, shape in zip(group["params"], matrix_shapes(group), strict=True):
+        for p, shape in shapes(group):
             plain += [matrix.clone() for matrix in p.detach().reshape(-1, *shape)]
     return plain, rest
+
+
+def shapes(group: dict) -> list[tuple[Tensor, tuple[int, int]]]:
+    """Return Muon's parameters, each with rows and columns of its matrices."""
+    options = (per_parameter(group, "batch_dims"), per_parameter(group, "splits"))
+    members = zip(group["params"], *options, strict=True)
+    return [(p, matrix_shape(p.shape, *dims)) for p, *dims in members]
 
 
 def give_gradients(parameters: list[Tensor]) -> None:
@@ -194,12 +201,12 @@ def seconds(step: Callable[[], object], steps: int) -> tuple[float, float]:
 
 def stacks(optimizer: Muon) -> Counter[tuple[int, int]]:
     """Return how many matrices there are of each shape, the smaller side first."""
-    shapes: Counter[tuple[int, int]] = Counter()
+    counts: Counter[tuple[int, int]] = Counter()
     for group in optimizer.param_groups:
         if group["algorithm"] == "muon":
-            for p, (rows, columns) in zip(group["params"], matrix_shapes(group), strict=True):
-                shapes[min(rows, columns), max(rows, columns)] += p.numel() // (rows * columns)
-    return shapes
+            for p, (rows, columns) in shapes(group):
+                counts[min(rows, columns), max(rows, columns)] += p.numel() // (rows * columns)
+    return counts
 
 
 def products_alone(make: Callable[[], Muon]) -> Contender:

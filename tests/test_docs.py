@@ -9,6 +9,7 @@ import pytest
 from muon_rl.recipes.sac import SAC
 
 from muon_rl.envs import DMControl
+from muon_rl.optim import Muon
 
 DOCS = Path(__file__).parent.parent / "docs"
 PROGRAM = re.compile(r"<!-- run -->\n```python\n(.*?)```", re.DOTALL)
@@ -29,7 +30,14 @@ def test_there_are_programs():
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_of_the_docs_runs(program, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(program, "docs", "exec"), {"__name__": "docs"})
+    names = {"__name__": "docs"}
+    exec(compile(program, "docs", "exec"), names)
+    optimizers = [value for value in names.values() if isinstance(value, Muon)]
+    optimizers += names["trainer"].optimizers if "trainer" in names else []
+    assert len(optimizers) == 1
+    # Where it is said how to train, every group has made its steps.
+    if ".step()" in program or ".fit(" in program:
+        assert all(group["step"] >= 10 for group in optimizers[0].param_groups)
 
 
 def test_the_table_of_groups_is_what_a_real_sac_explains():

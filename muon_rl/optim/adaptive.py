@@ -31,16 +31,16 @@ def step_adam(
                 _begin(p, state[p], on_device=capturable or bool(group["fused"]))
             elif capturable and state[p]["step"].device != p.device:
                 state[p]["step"] = state[p]["step"].to(p.device)  # loaded from another device
-        settings = _settings(group)
+        if not params:
+            continue
+        settings = _settings(group, params[0].device.type)
         if is_scheduled(group):
             for p in params:
-                calls[settings + _corrected(group, state[p], settings[1])].append(p)
+                calls[settings + _corrected(group, state[p], settings[2])].append(p)
         else:
             key = (*settings, group["lr"], group["weight_decay"])
             calls[key] += params
-    for (fused, beta1, beta2, eps, decoupled, lr, weight_decay), params in calls.items():
-        if not params:
-            continue
+    for (device, fused, beta1, beta2, eps, decoupled, lr, decay), params in calls.items():
         states = [state[p] for p in params]
         adam(
             [sharded.local(p) for p in params],
@@ -52,22 +52,29 @@ def step_adam(
             # torch does not compile its fused Adam; the compiler fuses the other.
             fused=None if torch.compiler.is_compiling() else fused,
             # torch takes it on accelerators only; on a CPU there is no graph to capture.
-            capturable=capturable and params[0].device.type != "cpu",
+            capturable=capturable and device != "cpu",
             decoupled_weight_decay=decoupled,
             amsgrad=False,
             maximize=False,
             beta1=beta1,
             beta2=beta2,
             lr=lr,
-            weight_decay=weight_decay,
+            weight_decay=decay,
             eps=eps,
         )
 
 
-def _settings(group: dict[str, Any]) -> tuple:
+def _settings(group: dict[str, Any], device: str) -> tuple:
     # Without decay Adam and AdamW are one, and share a call.
     decoupled = group["algorithm"] == "adamw" and group["weight_decay"] != 0
-    return (group["fused"], next_momentum(group), group["betas"][1], group["eps"], decoupled)
+    return (
+        device,
+        group["fused"],
+        next_momentum(group),
+        group["betas"][1],
+        group["eps"],
+        decoupled,
+    )
 
 
 def _begin(p: Any, state: dict[str, Any], *, on_device: bool) -> None:

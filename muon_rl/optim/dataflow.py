@@ -132,10 +132,9 @@ class Flow:
             outer, run.guess, run.decisions = (run.guess, run.decisions), guess, 0
             try:
                 results.append(forward(*args, **kwargs))
-            except NotImplementedError:  # it has none
-                return run.token_of(*map(self._call, module.children()))
-            except Exception:  # whatever a forward raises that expects tensors
-                pass
+            except Exception as error:  # whatever a forward raises that expects tensors
+                if isinstance(error, NotImplementedError) and _is_own(error):  # it has none
+                    return run.token_of(*map(self._call, module.children()))
             finally:
                 decisions, (run.guess, run.decisions) = run.decisions, outer
                 vars(module).clear()
@@ -163,6 +162,12 @@ class Flow:
             result = self._chain(child, before) if listed else self._call(child, before)
             given = self._run.token_of(given, result) if beside else result
         return given
+
+
+def _is_own(error: Exception) -> bool:
+    """Tell whether the function that was called raised an error itself, and nothing it calls."""
+    called = error.__traceback__ and error.__traceback__.tb_next
+    return called is not None and called.tb_next is None
 
 
 @contextmanager

@@ -91,14 +91,15 @@ def per_parameter(group: dict[str, Any], option: str) -> list[int]:
     return list(value) if isinstance(value, Sequence) else [value] * len(group["params"])
 
 
-def matrix_shapes(group: dict[str, Any]) -> list[tuple[int, int]]:
-    """Return the shape of the matrices that each parameter of a Muon group holds."""
-    shapes = []
-    options = (per_parameter(group, "batch_dims"), per_parameter(group, "splits"))
-    for p, batch_dims, splits in zip(group["params"], *options, strict=True):
-        rows, *rest = p.shape[batch_dims:]
-        shapes.append((rows // splits, math.prod(rest)))
-    return shapes
+def matrix_shape(shape: torch.Size, batch_dims: int, splits: int) -> tuple[int, int]:
+    """Return rows and columns of the matrices that a parameter holds.
+
+    Args:
+        shape: of the parameter, ``(*batch, out, in, *k)``.
+        batch_dims: number of leading dims that stack matrices.
+        splits: equal parts along the rows that are matrices of their own.
+    """
+    return shape[batch_dims] // splits, shape[batch_dims + 1 :].numel()
 
 
 def rate_ratio(adjust_lr: str | None, rows: int, columns: int) -> float:

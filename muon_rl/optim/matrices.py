@@ -10,7 +10,7 @@ from torch import Tensor
 
 from muon_rl.optim import sharded
 from muon_rl.optim.coefficients import resolve_coefficients
-from muon_rl.optim.groups import next_momentum, per_parameter, rate_ratio
+from muon_rl.optim.groups import matrix_shape, next_momentum, per_parameter, rate_ratio
 from muon_rl.optim.orthogonalize import (
     arithmetic,
     has_less_range,
@@ -25,7 +25,8 @@ class Matrices(NamedTuple):
     Args:
         parameter: an ordinary or a sharded one.
         gradient: of the parameter, or of the part of it that lies here.
-        average: the moving average of the gradients, of the same shape.
+        average: the moving average of the gradients, of the same shape. Where matrices were cut,
+            both are the whole update, which has moved already.
         momentum: share of the average that is kept.
         lookahead: share of the average in the update; with 1 the update is the average itself.
         rate: what the polar factors are multiplied by.
@@ -39,6 +40,11 @@ class Matrices(NamedTuple):
     lookahead: float
     rate: float | Tensor
     number: int
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether the matrices were cut among processes, and gathered."""
+        return self.average is self.gradient
 
 
 def step_matrices(groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> None:
@@ -85,7 +91,7 @@ def _collect(
         gradient = sharded.local(gradient)
         if weight_decay != 0:
             sharded.local(p).mul_(1 - lr * weight_decay)
-        rows, columns = p.shape[batch_dims] // splits, p.shape[batch_dims + 1 :].numel()
+        rows, columns = matrix_shape(p.shape, batch_dims, splits)
         dtype = group["dtype"] or arithmetic(gradient.device.type, rows, columns)
         if sharded.cuts_matrices(p, batch_dims):
             # Moved here, and gathered as its own update: every process has the same stack then.
@@ -113,26 +119,31 @@ def _fill(parts: tuple[Tensor, ...], matrices: list[Matrices]) -> None:
     if parts[0].device.type == "cpu" and not torch.compiler.is_compiling():
         for part, member in zip(parts, matrices, strict=True):
             gradient, average = member.gradient, member.average
-            if average is not gradient:
+            if not member.is_gathered:
                 average.lerp_(gradient, 1 - member.momentum)
             if has_less_range(part.dtype, gradient.dtype):
                 update = torch.lerp(gradient, average, member.lookahead).reshape(part.shape)
-                part.copy_(scaled_down(update, part.dtype))
+                part.copy_(_within(update, part.dtype))
             else:
                 torch.lerp(gradient, average, member.lookahead, out=part.view(gradient.shape))
         return
     alike: dict[tuple[float, float, bool], list[int]] = defaultdict(list)
     for index, member in enumerate(matrices):
-        gathered = member.average is member.gradient
-        alike[(member.momentum, member.lookahead, gathered)].append(index)
-    for (momentum, lookahead, gathered), indices in alike.items():
+        alike[(member.momentum, member.lookahead, member.is_gathered)].append(index)
+    for (momentum, lookahead, is_gathered), indices in alike.items():
         gradients = [matrices[i].gradient for i in indices]
         averages = [matrices[i].average for i in indices]
-        if not gathered:
+        if not is_gathered:
             torch._foreach_lerp_(averages, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, averages, lookahead)
-        views = [parts[i].view(matrices[i].gradient.shape) for i in indices]
-        torch._foreach_copy_(views, updates)
+        views = [parts[i] for i in indices]
+        shaped = [_within(u.reshape(v.shape), v.dtype) for u, v in zip(updates, views, strict=True)]
+        torch._foreach_copy_(views, shaped)
+
+
+def _within(update: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return matrices whose numbers another dtype can hold: polar factors do not tell the scale."""
+    return scaled_down(update, dtype) if has_less_range(dtype, update.dtype) else update
 
 
 def _apply(polar: tuple[Tensor, ...], matrices: list[Matrices]) -> None:
@@ -140,7 +151,7 @@ def _apply(polar: tuple[Tensor, ...], matrices: list[Matrices]) -> None:
     at_rate: dict[float, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for factors, member in zip(polar, matrices, strict=True):
         update = factors.view(member.gradient.shape)
-        if member.average is member.gradient:
+        if member.is_gathered:
             update = sharded.scatter(update, member.parameter)
         parameter = sharded.local(member.parameter)
         if isinstance(member.rate, Tensor):

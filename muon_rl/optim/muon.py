@@ -13,7 +13,6 @@ from muon_rl.optim import sharded
 from muon_rl.optim.adaptive import step_adam
 from muon_rl.optim.explain import explanations, table
 from muon_rl.optim.groups import (
-    SCHEDULE,
     check_group,
     count_step,
     fill_group,
@@ -75,7 +74,8 @@ class Muon(torch.optim.Optimizer):
     Raises:
         ValueError: at construction, for an unknown option or value, a parameter that is no matrix
             in a Muon group, or no parameter at all.
-        TypeError: for complex parameters.
+        TypeError: for parameters that are not real floating-point numbers, and for an option of
+            another type.
         RuntimeError: in ``step``, for sparse gradients.
         FloatingPointError: in ``step``, for a non-finite gradient if ``on_nonfinite="raise"``.
 
@@ -173,13 +173,6 @@ class Muon(torch.optim.Optimizer):
         mine = ("on_nonfinite", "capturable", "skipped_steps", "reasons")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in mine}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take back a state, also one that was saved before an option came to be."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for option, value in SCHEDULE.items():
-                group.setdefault(option, value)
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back a state, also one of ``torch.optim.Muon`` over the same matrices.
 
@@ -199,7 +192,7 @@ class Muon(torch.optim.Optimizer):
                     f"{', '.join(theirs)}: build the optimizer with the settings it was saved with."
                 )
             options = {name: value for name, value in ours.items() if name != "params"}
-            groups.append({**options, **saved})
+            groups.append({**options, **_from_torch(saved)})
         rest = state_dict["param_groups"][len(groups) :]
         super().load_state_dict({**state_dict, "param_groups": [*groups, *rest]})
 
@@ -279,3 +272,12 @@ class Muon(torch.optim.Optimizer):
             )
         self.skipped_steps += 1
         return False
+
+
+def _from_torch(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved group, with our names for the options of ``torch.optim.Muon``."""
+    if "ns_coefficients" not in group:
+        return group
+    group = dict(group)
+    coefficients, adjust_lr = group.pop("ns_coefficients"), group.pop("adjust_lr_fn")
+    return {**group, "coefficients": coefficients, "adjust_lr": adjust_lr or "original"}

@@ -525,6 +525,16 @@ def test_a_forward_that_says_it_is_not_implemented_is_none():
     assert roles(network(forward)) == {"a": "last", "b": "last", "c": "last"}
 
 
+def test_a_forward_that_calls_what_is_not_implemented_is_a_chain_as_any_that_fails():
+    def unfinished(x):
+        raise NotImplementedError("on this kind of tensor")
+
+    def forward(self, x):
+        return unfinished(x)
+
+    assert roles(network(forward)) == CHAIN
+
+
 def test_lists_and_dicts_of_networks_are_parallel():
     chain = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2))
     for holder in (nn.ModuleList([chain]), nn.ModuleDict({"0": chain})):

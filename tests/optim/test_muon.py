@@ -602,10 +602,12 @@ def test_a_refused_group_leaves_the_optimizer_and_the_given_dict_as_they_were():
         assert optimizer.defaults == defaults
 
 
-def test_a_run_of_torch_muon_goes_on_from_its_state_dict():
+@pytest.mark.parametrize("adjust_lr", [None, "original", "match_rms_adamw"])
+def test_a_run_of_torch_muon_goes_on_from_its_state_dict(adjust_lr):
     start = parameters((80, 70), (70, 96))
     theirs = clones(start)
-    optimizer = torch.optim.Muon(theirs, lr=0.03, weight_decay=0.1, momentum=0.9)
+    options = {"lr": 0.03, "weight_decay": 0.1, "momentum": 0.9, "adjust_lr_fn": adjust_lr}
+    optimizer = torch.optim.Muon(theirs, **options, ns_coefficients=(2.0, -1.5, 0.5))
     drive(optimizer, theirs, steps=3)
     ours = clones(theirs)
     ahead = Muon(ours, dtype=BF16)

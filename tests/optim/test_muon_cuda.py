@@ -101,12 +101,14 @@ def test_a_step_does_not_wait_for_the_device(dtype, capturable):
     optimizer, params = mixed(capturable=capturable, dtype=dtype)
     set_gradients(params, 0)
     optimizer.step()
+    before = [p.detach().clone() for p in params]
     set_gradients(params, 1)
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # a wait raises
     try:
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert not any(torch.equal(p, old) for p, old in zip(params, before, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (256, 64), (64, 256), (2, 96, 80)], ids=str)
