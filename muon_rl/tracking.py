@@ -79,7 +79,8 @@ class MLflow(MLFlowLogger):
         mine: Any = self
         mine._experiment_name = mine._experiment_name or experiment_name
         mine._run_name = mine._run_name or run_name
-        mine.tags = {**tags, **(mine.tags or {})}
+        # A number or a list is a tag as well; MLflow stores text.
+        mine.tags = {**tags, **{name: str(tag) for name, tag in (mine.tags or {}).items()}}
 
     def resume(self, run_id: str) -> None:
         """Go on with a run: mark it as running and note up to which frame it has each metric.

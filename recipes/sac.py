@@ -5,6 +5,7 @@ Source: Haarnoja et al. 2018, arXiv:1812.05905; the loss is TorchRL's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,7 +27,7 @@ from muon_rl.specs import Specs
 
 
 class SACData(ReplayData):
-    """One environment, a uniform replay buffer."""
+    """One environment or several, a uniform replay buffer, returns of one step or several."""
 
     def make_collector(self, env: EnvBase, policy: TensorDictModuleBase) -> BaseCollector:
         """Return a collector that acts at random first and with the policy after that."""
@@ -70,7 +71,7 @@ class SACOptimizers:
 
 
 class SAC(Agent):
-    """Soft actor-critic with a learned entropy coefficient and stacked critics.
+    """Soft actor-critic with a learned or a fixed entropy coefficient and stacked critics.
 
     Args:
         env: gives the networks their sizes.
@@ -78,6 +79,10 @@ class SAC(Agent):
         critic: makes one Q-network from the environment's specs.
         optimizer: of actor, critic and alpha.
         num_critics: Q-networks, at least 2; their minimum is the target.
+        alpha_init: entropy coefficient at the start, > 0, in units of return per nat.
+        fixed_alpha: whether it stays what it is, instead of being learned.
+        target_entropy: that a learned coefficient holds the policy to, in nats; "auto" is minus
+            the number of actions.
         gamma: discount per agent step, in [0, 1].
         tau: share of the online critics that moves into the targets at each update, in (0, 1].
         max_grad_norm: bound on the norm of all gradients together, or {critic: 10} for those of
@@ -93,6 +98,9 @@ class SAC(Agent):
         critic: Callable[[Specs], QCritic] = QCritic,
         optimizer: SACOptimizers = SACOptimizers(),  # noqa: B008
         num_critics: int = 2,
+        alpha_init: float = 1.0,
+        fixed_alpha: bool = False,
+        target_entropy: float | Literal["auto"] = "auto",
         gamma: float = 0.99,
         tau: float = 0.005,
         max_grad_norm: float | dict[str, float] | None = None,
@@ -104,16 +112,28 @@ class SAC(Agent):
         for name, share in (("gamma", gamma), ("tau", tau)):
             if not 0.0 <= share <= 1.0:
                 raise ValueError(f"model.{name} must be in [0, 1], but is {share}.")
+        if not 0.0 < alpha_init < math.inf:
+            raise ValueError(f"model.alpha_init must be above 0, but is {alpha_init}.")
         policy = actor(env.specs)
         # A list, because from a single critic TorchRL would draw new weights for the others.
         critics = [critic(env.specs) for _ in range(num_critics)]
-        loss = SACLoss(policy, critics, num_qvalue_nets=num_critics)
+        loss = SACLoss(
+            policy,
+            critics,
+            num_qvalue_nets=num_critics,
+            alpha_init=alpha_init,
+            fixed_alpha=fixed_alpha,
+            target_entropy=target_entropy,
+        )
         loss.make_value_estimator(gamma=gamma)
         _ = loss.target_entropy  # makes the lazy buffer, which a checkpoint must find
+        optimizers = dict(vars(optimizer))
+        if fixed_alpha:
+            del optimizers["alpha"]  # nothing of it is trained
         super().__init__(
             loss=loss,
             policy=policy,
-            optimizer=vars(optimizer),
+            optimizer=optimizers,
             targets=[SoftUpdate(loss, tau=tau)],
             max_grad_norm=max_grad_norm,
             anneal_lr=anneal_lr,

@@ -18,7 +18,7 @@ RECIPES = PACKAGE.parent / "recipes"
 ROWS = [
     {"policy"},
     {"cli"},
-    {"agent", "callbacks", "tracking"},
+    {"agent", "callbacks", "experiments", "tracking"},
     {"data"},
     {"envs", "modules", "objectives", "optim", "diagnostics"},
     {"specs"},

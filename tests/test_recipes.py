@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import yaml
 
 from muon_rl.cli import main, recipes
 from muon_rl.cli.recipe_cli import RecipeCLI
@@ -35,12 +34,18 @@ def test_a_recipe_says_what_it_is_for(name, capsys):
     assert f"{name} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_methods_have_names_of_their_own(name):
-    methods = [
-        yaml.safe_load(path.read_text())["method_name"] for path in recipes.shipped().values()
-    ]
+def test_methods_have_names_of_their_own(workspace):
+    methods = [RecipeCLI(["fit", "--config", recipes.find(name)]).method_name for name in NAMES]
     assert len(set(methods)) == len(methods)
+
+
+@pytest.mark.parametrize("task", recipes.tasks())
+def test_a_task_goes_on_top_of_a_recipe(task, workspace):
+    main_config, other = recipes.find("sac_optimizer"), recipes.find(task)
+    cli = RecipeCLI(["fit", f"--config={main_config}", f"--config={other}"])
+    assert cli.env.task.replace("-", "_") == task
+    assert cli.method_name == f"sac_{cli.env.domain}_actor_muon_critic_muon"
+    assert cli.datamodule.steps_per_collection == 10  # the recipe's own, which no task sets
 
 
 def test_help_lists_every_key_of_a_recipe_with_a_sentence(capsys):

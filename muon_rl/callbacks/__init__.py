@@ -1,7 +1,8 @@
 """What is watched and kept while an agent trains."""
 
 from muon_rl.callbacks.checkpoints import Checkpoints
+from muon_rl.callbacks.effective_rank import EffectiveRank
 from muon_rl.callbacks.graceful_stop import GracefulStop
 from muon_rl.callbacks.progress import FramesProgressBar
 
-__all__ = ["Checkpoints", "FramesProgressBar", "GracefulStop"]
+__all__ = ["Checkpoints", "EffectiveRank", "FramesProgressBar", "GracefulStop"]

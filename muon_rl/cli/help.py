@@ -14,13 +14,14 @@ import lightning as L
 import yaml
 
 from muon_rl.agent import Agent
-from muon_rl.callbacks import Checkpoints
+from muon_rl.callbacks import Checkpoints, EffectiveRank
 from muon_rl.cli.parts import concrete_subclasses, hints_of, own_parts
 from muon_rl.data import AgentData
 from muon_rl.envs import EnvFactory
 
 TOP_KEYS = {
-    "method_name": "names the run and its checkpoint folder; left out: model class and task.",
+    "method_name": "names the run and its checkpoint folder; ${key} in it is that key's value, "
+    "as in sac_${env.domain}; left out: model class and task.",
     "seed_everything": "seed of weights, environment, sampling.",
     "ckpt_path": "last or best of the newest run of this method and seed, or a file.",
     "matmul_precision": "highest, high or medium: torch.set_float32_matmul_precision.",
@@ -59,6 +60,8 @@ def render(command: str, config: dict[str, Any] | None) -> str:
     rows = [(name, text, config.get(name)) for name, text in TOP_KEYS.items()]
     lines += ["the run", *_table(rows), ""]
     lines += _section("checkpoint: Checkpoints", Checkpoints, "checkpoint", {})
+    given = config.get("effective_rank") or {}
+    lines += _section("effective_rank: EffectiveRank", EffectiveRank, "effective_rank", given)
     lines += _section("trainer: Lightning's Trainer", L.Trainer, "trainer", {})
     return "\n".join(lines) + TAIL
 

@@ -6,7 +6,7 @@ from typing import Literal, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from muon_rl.callbacks import Checkpoints
+from muon_rl.callbacks import Checkpoints, EffectiveRank
 from muon_rl.cli import ConfigError
 from muon_rl.cli.errors import explain
 from muon_rl.envs import EnvFactory
@@ -33,11 +33,13 @@ class RecipeParser(LightningArgumentParser):
         """Add the keys beside ``data``, ``model`` and ``trainer``, and the links between them."""
         self.add_subclass_arguments(EnvFactory, "env", help="Makes the environments.")
         self.add_lightning_class_args(Checkpoints, "checkpoint")
+        self.add_lightning_class_args(EffectiveRank, "effective_rank")
         self.add_argument(
             "--method_name",
             type=str | None,
-            help="Name of the method: it names the run and its checkpoint folder. Left out, it is "
-            "made of the model's class and the task.",
+            help="Name of the method: it names the run and its checkpoint folder. ${key} in it is "
+            "the config's value, as in sac_${model.optimizer.actor.case}. Left out, it is made of "
+            "the model's class and the task.",
         )
         self.add_argument(
             "--matmul_precision",

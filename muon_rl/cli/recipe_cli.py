@@ -10,13 +10,14 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from muon_rl.agent import Agent
 from muon_rl.callbacks import FramesProgressBar, GracefulStop
-from muon_rl.cli import ConfigError, recipes, record, runs
+from muon_rl.cli import ConfigError, names, recipes, record, runs
 from muon_rl.cli.errors import root_of
 from muon_rl.cli.parser import RecipeParser
 from muon_rl.data import AgentData
@@ -148,9 +149,7 @@ class RecipeCLI(LightningCLI):
         """Make the trainer for this run: its folder, its callbacks, its tracking."""
         self.env = self.config_init[self.subcommand].env
         self.checkpoints = self.config_init[self.subcommand].checkpoint
-        self.method_name = (
-            self.settings.method_name or f"{type(self.model).__name__}_{self.env.task}"
-        )
+        self.method_name = self._method_name()
         if self.method_name in (".", "..") or set("/\\") & set(self.method_name):
             raise ConfigError(
                 f"method_name names a folder, so it takes no slash, but is {self.method_name!r}."
@@ -164,6 +163,10 @@ class RecipeCLI(LightningCLI):
         callbacks: list[Callback] = [*(trainer.pop("callbacks") or [])]
         if self.subcommand == "fit":
             callbacks += [self.checkpoints, self.stop, self._record()]
+            effective_rank = self.config_init[self.subcommand].effective_rank
+            if effective_rank.enabled:
+                effective_rank.check(self.model.loss, self.datamodule)
+                callbacks.append(effective_rank)
         # Lightning refuses enable_progress_bar=false beside a bar among the callbacks.
         if self.subcommand == "fit" and trainer["enable_progress_bar"] is not False:
             callbacks.append(FramesProgressBar())
@@ -171,6 +174,11 @@ class RecipeCLI(LightningCLI):
             trainer["enable_progress_bar"] = False
         trainer["enable_checkpointing"] = self.subcommand == "fit"
         return L.Trainer(**trainer, callbacks=callbacks, **kwargs)
+
+    def _method_name(self) -> str:
+        """Return the method's name, its ``${key}`` filled in from the config."""
+        template = self.settings.method_name or f"{type(self.model).__name__}_{self.env.task}"
+        return names.fill(template, record.flatten(yaml.safe_load(self._config_text())))
 
     def _find_checkpoint(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Read the checkpoint that was asked for, and check that it fits, optimizer included."""

@@ -24,8 +24,18 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
+def tasks() -> dict[str, Path]:
+    """Return the names and files of the shipped tasks, which go on top of a recipe."""
+    return {path.stem: path for path in sorted((FOLDER / "tasks").glob("*.yaml"))}
+
+
+def sweeps() -> dict[str, Path]:
+    """Return the names and files of the shipped sweeps."""
+    return {path.stem: path for path in sorted((FOLDER / "sweeps").glob("*.yaml"))}
+
+
 def find(name: str) -> str:
-    """Return a shipped recipe's path for its name, and anything else as it is.
+    """Return a shipped recipe's or task's path for its name, and anything else as it is.
 
     Args:
         name: what was given as ``--config``; an existing file goes before a shipped recipe.
@@ -33,7 +43,7 @@ def find(name: str) -> str:
     Raises:
         ConfigError: if it is neither.
     """
-    recipes = shipped()
+    recipes = shipped() | tasks()
     if Path(name).is_file():
         return name
     if name in recipes:
@@ -42,21 +52,28 @@ def find(name: str) -> str:
     hint = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(
         f"--config={name}: there is no such file and no shipped recipe of this name; {hint}"
-        f"Shipped are {', '.join(recipes)}."
+        f"Shipped are the recipes {', '.join(shipped())} and the tasks {', '.join(tasks())}."
     )
 
 
 def main(arguments: list[str]) -> None:
-    """Print the shipped recipes, a sentence each.
+    """Print the shipped recipes, tasks and sweeps, a sentence each.
 
     Args:
         arguments: of the command line.
     """
     if unknown := [word for word in arguments[1:] if word not in ("-h", "--help")]:
         raise ConfigError(f"recipes takes no arguments, but got {' '.join(unknown)}.")
-    recipes = shipped()
-    width = max(map(len, recipes))
-    for name, path in recipes.items():
-        first = path.read_text().splitlines()[0]
-        sys.stdout.write(f"{name:<{width}}  {first.lstrip('# ')}\n")
-    sys.stdout.write("\nmuon-rl fit --config NAME runs one; its file is in " + str(FOLDER) + ".\n")
+    kinds = {
+        "recipes, to run: muon-rl fit --config NAME": shipped(),
+        "tasks, on top of a recipe: muon-rl fit --config NAME --config TASK": tasks(),
+        "sweeps, the points of a study": sweeps(),
+    }
+    width = max(len(name) for files in kinds.values() for name in files)
+    for title, files in kinds.items():
+        sys.stdout.write(f"{title}\n")
+        for name, path in files.items():
+            first = path.read_text().splitlines()[0]
+            sys.stdout.write(f"  {name:<{width}}  {first.lstrip('# ')}\n")
+        sys.stdout.write("\n")
+    sys.stdout.write(f"The files are in {FOLDER}.\n")

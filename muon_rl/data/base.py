@@ -16,7 +16,7 @@ from torchrl.envs import EnvBase
 
 from muon_rl.data import random_state
 from muon_rl.data.evaluation import EvaluationEpisodes
-from muon_rl.envs import EnvFactory
+from muon_rl.envs import EnvFactory, load_states, make_several, states_of
 
 
 class AgentData(L.LightningDataModule, ABC):
@@ -37,6 +37,9 @@ class AgentData(L.LightningDataModule, ABC):
         eval_seed: seed of an evaluation's first episode, the same in every evaluation and run.
         save_buffer: whether checkpoints hold the collected data, without which a resumed run
             starts with an empty buffer.
+        num_envs: training environments that step together, >= 1.
+        env_processes: whether each of them has a process of its own; a resumed run then begins
+            new episodes.
 
     Raises:
         ValueError: if a number is below its bound.
@@ -51,10 +54,15 @@ class AgentData(L.LightningDataModule, ABC):
         eval_episodes: int = 10,
         eval_seed: int = 0,
         save_buffer: bool = True,
+        num_envs: int = 1,
+        env_processes: bool = False,
     ) -> None:
         super().__init__()
         require_positive(
-            total_frames=total_frames, eval_every=eval_every, eval_episodes=eval_episodes
+            total_frames=total_frames,
+            eval_every=eval_every,
+            eval_episodes=eval_episodes,
+            num_envs=num_envs,
         )
         self.env = env
         self.total_frames = total_frames
@@ -62,6 +70,8 @@ class AgentData(L.LightningDataModule, ABC):
         self.eval_episodes = eval_episodes
         self.eval_seed = eval_seed
         self.save_buffer = save_buffer
+        self.num_envs = num_envs
+        self.env_processes = env_processes
         self.frames = 0
         self.updates = 0
         self.evaluated_frames = 0
@@ -69,6 +79,7 @@ class AgentData(L.LightningDataModule, ABC):
         self.collector: BaseCollector | None = None
         self._rollouts: Iterator[TensorDictBase] = iter(())
         self._random_state: dict[str, Any] | None = None
+        self.continues_episodes = False  # whether a checkpoint brought back the running ones
 
     # -- what a recipe and a kind of data bring ------------------------------------------------
 
@@ -77,7 +88,7 @@ class AgentData(L.LightningDataModule, ABC):
         """Return the collector of training data, without a bound on its frames.
 
         Args:
-            env: a training environment, seeded.
+            env: a training environment, seeded, or several as one of batch size ``(num_envs,)``.
             policy: the agent's own; it shares its parameters with the loss.
         """
 
@@ -125,7 +136,7 @@ class AgentData(L.LightningDataModule, ABC):
             return
         # From the global seed, so that equal seeds see equal episodes, and each rank its own.
         seed = int(torch.randint(2**31 - 1, ())) + self.trainer.global_rank
-        env = self.env.make(seed=seed)
+        env = make_several(self.env, self.num_envs, seed=seed, processes=self.env_processes)
         self.collector = self.make_collector(env, self.trainer.lightning_module.policy)
         self._rollouts = iter(self.collector)
 
@@ -200,7 +211,7 @@ class AgentData(L.LightningDataModule, ABC):
             state |= {
                 "collector": dict(collector),
                 "carrier": carrier,
-                "env": self.env.env_state(self.collector.env),
+                "env": states_of(self.env, self.collector.env),
                 "random": random_state.get(),
             }
         if self.save_buffer:
@@ -218,11 +229,19 @@ class AgentData(L.LightningDataModule, ABC):
         self.evaluated_frames = state_dict["evaluated_frames"]
         if self.collector is None:  # validation only
             return
-        self.collector.load_state_dict(state_dict["collector"], strict=False)
-        if state_dict["env"] is not None:
-            self.env.load_env_state(self.collector.env, state_dict["env"])
-            carrier = TensorDict.from_dict(state_dict["carrier"], auto_batch_size=False)
-            self.collector._carrier.update(carrier)
+        carrier = TensorDict.from_dict(state_dict["carrier"], auto_batch_size=False)
+        ours = self.collector._carrier
+        # Another number of environments begins new episodes, as one that cannot tell its state.
+        self.continues_episodes = (
+            state_dict["env"] is not None and carrier["done"].shape == ours["done"].shape
+        )
+        collector = dict(state_dict["collector"])
+        if not self.continues_episodes:
+            collector.pop("env_state_dict", None)
+        self.collector.load_state_dict(collector, strict=False)
+        if self.continues_episodes:
+            load_states(self.env, self.collector.env, state_dict["env"])
+            ours.update(carrier)
         if "contents" in state_dict:
             self.load_contents(state_dict["contents"])
         # Set when the stream starts: what lies between may still draw random numbers.

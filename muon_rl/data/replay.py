@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import ReplayBuffer
+from torchrl.envs import MultiStepTransform
 
 from muon_rl.data.base import AgentData, require_positive
 from muon_rl.envs import EnvFactory
@@ -26,11 +27,17 @@ class ReplayData(AgentData):
         batch_size: transitions of a sample.
         buffer_size: transitions that the buffer holds; then the oldest are overwritten.
         updates_per_step: updates for each agent step, a fraction or a number above 1 too.
-        steps_per_collection: agent steps collected at a time; the updates they allow follow.
+        steps_per_collection: agent steps collected at a time, a multiple of ``num_envs`` (rounded
+            up to one); the updates they allow follow.
+        n_steps: rewards that a transition sums, discounted, before it bootstraps; 1 is plain
+            temporal difference. Episodes' ends cut the sum short.
         eval_every: frames between two evaluations; another one ends the run.
         eval_episodes: episodes of an evaluation.
         eval_seed: seed of an evaluation's first episode.
         save_buffer: whether checkpoints hold the buffer.
+        num_envs: training environments that step together.
+        env_processes: whether each of them has a process of its own; a resumed run then begins
+            new episodes.
 
     Raises:
         ValueError: if a number is out of its range, or the warm-up is smaller than a batch.
@@ -46,10 +53,13 @@ class ReplayData(AgentData):
         buffer_size: int = 1_000_000,
         updates_per_step: float = 1.0,
         steps_per_collection: int = 1,
+        n_steps: int = 1,
         eval_every: int = 10_000,
         eval_episodes: int = 10,
         eval_seed: int = 0,
         save_buffer: bool = True,
+        num_envs: int = 1,
+        env_processes: bool = False,
     ) -> None:
         super().__init__(
             env,
@@ -58,11 +68,14 @@ class ReplayData(AgentData):
             eval_episodes=eval_episodes,
             eval_seed=eval_seed,
             save_buffer=save_buffer,
+            num_envs=num_envs,
+            env_processes=env_processes,
         )
         require_positive(
             batch_size=batch_size,
             buffer_size=buffer_size,
             steps_per_collection=steps_per_collection,
+            n_steps=n_steps,
         )
         if not 0 < updates_per_step < math.inf:
             raise ValueError(f"data.updates_per_step must be above 0, but is {updates_per_step}.")
@@ -70,13 +83,18 @@ class ReplayData(AgentData):
         self.batch_size = batch_size
         self.buffer_size = buffer_size
         self.updates_per_step = updates_per_step
-        self.steps_per_collection = steps_per_collection
+        self.steps_per_collection = -(-steps_per_collection // num_envs) * num_envs
+        self.n_steps = n_steps
         self.buffer: Any = None  # made in setup
-        if batch_size > min(self.init_random_steps, buffer_size):
+        self.multi_step: MultiStepTransform | None = None
+        # The last n steps of each environment still wait for their rewards.
+        first = self.init_random_steps - (n_steps * num_envs if n_steps > 1 else 0)
+        waiting = f", data.n_steps={n_steps}" if n_steps > 1 else ""
+        if batch_size > min(first, buffer_size):
             raise ValueError(
                 f"data.batch_size is {batch_size}, but data.init_random_frames="
-                f"{init_random_frames} gives only {self.init_random_steps} transitions before the "
-                f"first update (action repeat {env.action_repeat}) and data.buffer_size is "
+                f"{init_random_frames} gives only {max(0, first)} transitions before the first "
+                f"update (action repeat {env.action_repeat}{waiting}) and data.buffer_size is "
                 f"{buffer_size}: raise those or lower the batch size."
             )
         if init_random_frames >= total_frames:
@@ -114,6 +132,11 @@ class ReplayData(AgentData):
         super().setup(stage)
         if stage == "fit":
             self.buffer = self.make_buffer()
+            if self.n_steps > 1:
+                gamma = float(self.trainer.lightning_module.loss.value_estimator.gamma)
+                # done_keys=[], because TorchRL's default (0.14) keeps the flags of the first step:
+                # a sum that an episode's end cuts short would bootstrap from that end.
+                self.multi_step = MultiStepTransform(self.n_steps, gamma, done_keys=[])
 
     def batches(self) -> Iterator[TensorDictBase]:
         """Yield samples, collecting whenever the frames so far allow no further update."""
@@ -121,9 +144,12 @@ class ReplayData(AgentData):
         while self.updates < self.total_updates:
             # A run resumed without its buffer has to fill one first.
             while self.is_up_to_date or len(self.buffer) < self.batch_size:
-                rollout = self.collect()
                 # Only what the loss reads: during the warm-up the policy has written nothing.
-                self.buffer.extend(rollout.select(*loss.in_keys).reshape(-1))
+                rollout = self.collect().select(*loss.in_keys)
+                if self.multi_step is not None:
+                    rollout = self.multi_step.inv(rollout)
+                if rollout is not None:  # the first n steps still wait for their rewards
+                    self.buffer.extend(rollout.reshape(-1))
             if self.updates == 0:
                 self.evaluated_frames = self.frames  # nothing is trained yet to be evaluated
             batch = self.buffer.sample()
@@ -141,7 +167,13 @@ class ReplayData(AgentData):
             "transitions": self.buffer[:].clone().to_dict(retain_none=False),
             "writer": dict(self.buffer.writer.state_dict()),
             "sampler": dict(self.buffer.sampler.state_dict()),
+            "waiting": self._waiting(),
         }
+
+    def _waiting(self) -> dict[str, Any]:
+        """Return the steps that still wait for their rewards, if a sum has several."""
+        waiting = self.multi_step and self.multi_step._buffer
+        return {} if waiting is None else waiting.clone().to_dict(retain_none=False)
 
     def load_contents(self, contents: dict[str, Any]) -> None:
         """Take back transitions, each to its old place, and the places of writer and sampler."""
@@ -153,6 +185,11 @@ class ReplayData(AgentData):
                 f"The checkpoint holds {len(transitions)} transitions, but data.buffer_size is "
                 f"{self.buffer_size}: raise it to at least as many."
             )
+        if ("steps_to_next_obs" in contents["transitions"]) != (self.n_steps > 1):
+            raise ValueError(
+                "The checkpoint's transitions were collected with another data.n_steps than "
+                f"{self.n_steps}: set it as it was, or begin a fresh run."
+            )
         if contents["capacity"] == self.buffer_size:
             self.buffer.extend(transitions)
             self.buffer.writer.load_state_dict(contents["writer"])
@@ -162,6 +199,11 @@ class ReplayData(AgentData):
             order = torch.arange(len(transitions)).roll(-oldest)
             self.buffer.extend(transitions[order])
         self.buffer.sampler.load_state_dict(contents["sampler"])
+        # Where new episodes begin, the old ones' last steps have no rewards to wait for.
+        if self.multi_step is not None and contents.get("waiting") and self.continues_episodes:
+            batch_dims = 1 if self.num_envs == 1 and not self.env_processes else 2
+            waiting = TensorDict.from_dict(contents["waiting"], batch_dims=batch_dims)
+            self.multi_step._buffer = waiting
 
     def _whole_collections(self, frames: int) -> int:
         """Return the agent steps of the fewest collections that make so many frames."""

@@ -3,5 +3,6 @@
 from muon_rl.envs.base import EnvFactory
 from muon_rl.envs.dm_control import DMControl
 from muon_rl.envs.gym import Gym
+from muon_rl.envs.several import load_states, make_several, states_of
 
-__all__ = ["DMControl", "EnvFactory", "Gym"]
+__all__ = ["DMControl", "EnvFactory", "Gym", "load_states", "make_several", "states_of"]

@@ -1,4 +1,4 @@
-"""Actors and critics of plain multi-layer perceptrons."""
+"""Actors and critics of multi-layer perceptrons."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from tensordict.nn import TensorDictModule
 from tensordict.nn.distributions import NormalParamExtractor
 from torch import nn
 from torchrl.data import Bounded
-from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 
+from muon_rl.modules.mlp import ActivationNorm, Init, mlp
 from muon_rl.specs import Specs
 
 
@@ -25,9 +26,15 @@ class TanhNormalActor(ProbabilisticActor):
         specs: of the environment; the action must be bounded, the observation a vector.
         hidden: width of each hidden layer, in units.
         min_scale: smallest standard deviation before the squashing.
+        residual: whether the network has residual blocks, all of one width.
+        activation: relu, leaky_relu, elu, selu, gelu, silu, mish or tanh.
+        activation_norm: none, layernorm or l2 (unit length), before each activation.
+        spectral_norm: whether each weight below the head has spectral norm 1.
+        init: default is torch's; orthogonal scales by the activation, biases are 0.
 
     Raises:
-        ValueError: if the action is not a bounded vector, or the observation not a vector.
+        ValueError: if the action is not a bounded vector, the observation not a vector, or an
+            option not one of :func:`~muon_rl.modules.mlp`.
 
     Example:
         >>> from muon_rl.envs import DMControl
@@ -40,7 +47,16 @@ class TanhNormalActor(ProbabilisticActor):
     """
 
     def __init__(
-        self, specs: Specs, hidden: Sequence[int] = (256, 256), min_scale: float = 0.1
+        self,
+        specs: Specs,
+        hidden: Sequence[int] = (256, 256),
+        min_scale: float = 0.1,
+        *,
+        residual: bool = False,
+        activation: str = "relu",
+        activation_norm: ActivationNorm = "none",
+        spectral_norm: bool = False,
+        init: Init = "default",
     ) -> None:
         features = _features(specs)
         action = specs.action
@@ -49,10 +65,12 @@ class TanhNormalActor(ProbabilisticActor):
                 "TanhNormalActor needs a bounded vector as action, but the environment's is "
                 f"{type(action).__name__} of shape {tuple(action.shape)}."
             )
-        network = nn.Sequential(
-            MLP(features, 2 * action.shape[-1], num_cells=list(hidden), activation_class=nn.ReLU),
-            NormalParamExtractor(scale_mapping="biased_softplus_1.0", scale_lb=min_scale),
-        )
+        body = mlp(
+            features, 2 * action.shape[-1], hidden, residual=residual, activation=activation,
+            activation_norm=activation_norm, spectral_norm=spectral_norm, init=init,
+        )  # fmt: skip
+        head = NormalParamExtractor(scale_mapping="biased_softplus_1.0", scale_lb=min_scale)
+        network = nn.Sequential(body, head)
         super().__init__(
             TensorDictModule(network, in_keys=["observation"], out_keys=["loc", "scale"]),
             spec=action,
@@ -71,15 +89,42 @@ class QCritic(ValueOperator):
     Args:
         specs: of the environment; observation and action must be vectors.
         hidden: width of each hidden layer, in units.
+        residual: whether the network has residual blocks, all of one width.
+        activation: relu, leaky_relu, elu, selu, gelu, silu, mish or tanh.
+        activation_norm: none, layernorm or l2 (unit length), before each activation.
+        spectral_norm: whether each weight below the head has spectral norm 1.
+        init: default is torch's; orthogonal scales by the activation, biases are 0.
 
     Raises:
-        ValueError: if the observation or the action is not a vector.
+        ValueError: if the observation or the action is not a vector, or an option not one of
+            :func:`~muon_rl.modules.mlp`.
+
+    Example:
+        >>> from muon_rl.envs import DMControl
+        >>> critic = QCritic(DMControl("cartpole", "swingup").specs, activation_norm="layernorm")
+        >>> import torch
+        >>> critic(observation=torch.zeros(7, 5), action=torch.zeros(7, 1)).shape
+        torch.Size([7, 1])
     """
 
-    def __init__(self, specs: Specs, hidden: Sequence[int] = (256, 256)) -> None:
+    def __init__(
+        self,
+        specs: Specs,
+        hidden: Sequence[int] = (256, 256),
+        *,
+        residual: bool = False,
+        activation: str = "relu",
+        activation_norm: ActivationNorm = "none",
+        spectral_norm: bool = False,
+        init: Init = "default",
+    ) -> None:
         inputs = _features(specs) + specs.action.shape[-1]
+        network = mlp(
+            inputs, 1, hidden, residual=residual, activation=activation,
+            activation_norm=activation_norm, spectral_norm=spectral_norm, init=init,
+        )  # fmt: skip
         super().__init__(
-            MLP(inputs, 1, num_cells=list(hidden), activation_class=nn.ReLU),
+            network,
             in_keys=["observation", "action"],
             out_keys=["state_action_value"],
         )

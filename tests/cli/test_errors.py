@@ -52,7 +52,7 @@ def message_of(capsys, arguments: list[str]) -> str:
         (["--matmul_precision=low"], ["matmul_precision", "highest or high or medium", "'low'"]),
         (["--seed_everything=foo"], ["seed_everything must be bool or int", "'foo'"]),
         (["--ckpt_path=none.ckpt"], ["no checkpoint none.ckpt"]),
-        (["--ckpt_path=last"], ["no last checkpoint", "checkpoints/sac_cheetah_muon/seed_0"]),
+        (["--ckpt_path=last"], ["no last checkpoint", "checkpoints/sac_cheetah_muon_muon/seed_0"]),
         (["--checkpoint.mode=up"], ["checkpoint.mode must be max or min", "'up'"]),
         (["--checkpoint.monitor=x"], ["checkpoint.monitor must be eval/return", "'x'"]),
         (["--seed_everything=-3"], ["seed_everything must be from 0", "-3"]),

@@ -50,7 +50,7 @@ def test_metrics_are_tracked_against_frames(trained):
 def test_the_run_tells_what_made_it(trained):
     (record,) = trained.records
     assert record.info.status == "FINISHED"
-    assert record.info.run_name == "sac_cheetah_muon_seed0"
+    assert record.info.run_name == "sac_cheetah_muon_muon_seed0"
     assert trained.client.get_experiment(record.info.experiment_id).name == "cheetah-run"
     tags = record.data.tags
     assert tags["task"] == "cheetah-run"
@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_store_begins_a_run_that_names_its_origin(traine
 def test_a_fresh_fit_overwrites_nothing(workspace):
     for _ in range(2):
         workspace.fit("--data.total_frames=140", "--data.eval_episodes=1")
-    folders = list(workspace.folder.glob("checkpoints/sac_cheetah_muon/seed_0/*"))
+    folders = list(workspace.folder.glob("checkpoints/sac_cheetah_muon_muon/seed_0/*"))
     assert len(folders) == 2
     assert len(workspace.records) == 2
     assert all((folder / "last.ckpt").is_file() for folder in folders)
