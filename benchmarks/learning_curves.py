@@ -15,37 +15,44 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from mlflow import MlflowClient
 
-COLUMNS = ("task", "method", "seed", "frames", "return", "git_commit", "run_id")
+COLUMNS = ("task", "method", "seed", "frames", "value", "git_commit", "run_id")
+LABELS = {
+    "eval/return": "return (mean of the evaluation)",
+    "repr/q_effective_rank_mean": "effective rank of the critics' features (mean)",
+}
 
 
-def points(client: MlflowClient, experiment: str, metric: str) -> list[dict[str, str]]:
-    """Return the points of every finished run of an experiment."""
+def points(
+    client: MlflowClient, experiment: str, metric: str, sweep: str | None
+) -> list[dict[str, str]]:
+    """Return the points of every finished run of an experiment, or of one sweep in it."""
     found = client.get_experiment_by_name(experiment)
     if found is None:
         raise SystemExit(f"There is no experiment {experiment!r} in this store.")
     rows = []
-    for run in client.search_runs([found.experiment_id], "status = 'FINISHED'"):
+    which = "status = 'FINISHED'" + (f" and tags.sweep = '{sweep}'" if sweep else "")
+    for run in client.search_runs([found.experiment_id], which):
         tags = run.data.tags
         for point in client.get_metric_history(run.info.run_id, metric):
             rows.append({
                 "task": tags["task"], "method": tags["method"], "seed": tags["seed"],
-                "frames": str(point.step), "return": f"{point.value:.2f}",
+                "frames": str(point.step), "value": f"{point.value:.2f}",
                 "git_commit": tags.get("git_commit", ""), "run_id": run.info.run_id,
             })  # fmt: skip
     return sorted(rows, key=lambda row: (row["method"], int(row["seed"]), int(row["frames"])))
 
 
-def draw(rows: list[dict[str, str]], output: Path) -> None:
+def draw(rows: list[dict[str, str]], metric: str, output: Path) -> None:
     """Draw one line a run."""
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     runs: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in rows:
         key = (row["method"], row["seed"])
-        runs.setdefault(key, []).append((int(row["frames"]), float(row["return"])))
+        runs.setdefault(key, []).append((int(row["frames"]), float(row["value"])))
     for (method, seed), line in runs.items():
         axes.plot(*zip(*line, strict=True), marker=".", label=f"{method}, seed {seed}")
-    axes.set(xlabel="frames", ylabel="return (mean of the evaluation)", title=rows[0]["task"])
-    axes.legend(frameon=False)
+    axes.set(xlabel="frames", ylabel=LABELS.get(metric, metric), title=rows[0]["task"])
+    axes.legend(frameon=False, fontsize="small" if len(runs) <= 4 else "xx-small")
     axes.grid(alpha=0.3)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150)
@@ -57,10 +64,12 @@ def main() -> None:
     parser.add_argument("experiment", help="name of the MLflow experiment: the task")
     parser.add_argument("--tracking-uri", default=f"sqlite:///{Path('mlflow.db').absolute()}")
     parser.add_argument("--metric", default="eval/return")
+    parser.add_argument("--sweep", help="only the runs of this sweep (the tag sweep)")
     parser.add_argument("--rows", type=Path, required=True, help="CSV file to write")
     parser.add_argument("--picture", type=Path, required=True, help="PNG file to write")
     options = parser.parse_args()
-    rows = points(MlflowClient(options.tracking_uri), options.experiment, options.metric)
+    client = MlflowClient(options.tracking_uri)
+    rows = points(client, options.experiment, options.metric, options.sweep)
     if not rows:
         raise SystemExit("There is no finished run.")
     options.rows.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +77,7 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, options.picture)
+    draw(rows, options.metric, options.picture)
     print(f"{len(rows)} points -> {options.rows}, {options.picture}")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from muon_rl.recipes.sac import SAC
 
+from muon_rl.cli import help, recipes
 from muon_rl.envs import DMControl
 from muon_rl.optim import Muon
 
@@ -43,3 +44,26 @@ def test_a_program_of_the_docs_runs(program, tmp_path, monkeypatch):
 def test_the_table_of_groups_is_what_a_real_sac_explains():
     agent = SAC(DMControl("cheetah", "run", action_repeat=2))
     assert agent.build_optimizer().explanation() in (DOCS / "optimizer.md").read_text()
+
+
+def test_the_table_of_knobs_is_what_the_study_recipe_takes():
+    text = help.render("fit", help.load([str(recipes.shipped()["sac_rank"])]))
+    keys: dict[str, str] = {}
+    for entry in re.split(r"\n  --", text)[1:]:
+        key, _, meaning = " ".join(entry.partition("\n\n")[0].split()).partition(" ")
+        if not key.startswith(("env.", "data.", "model.", "effective_rank.")):
+            continue
+        # Critics take what actors take, and every network what the actor's optimizer takes.
+        if key.startswith(("model.critic.", "model.optimizer.critic.", "model.optimizer.alpha.")):
+            key = re.sub(r"critic\.|alpha\.", "actor.", key)
+            assert key in keys
+            continue
+        default = re.search(r" \[(?!.* \[)(.*)\]$", meaning)
+        keys[key] = default[1] if default else "–"
+    assert len(keys) > 50
+    page = (DOCS / "sac_study.md").read_text().partition("<!-- knobs -->")[2]
+    rows = re.findall(r"^\| `(\S+)` \| (.*?) \| ", page, re.M)
+    table = {key.replace("{actor,critic}", "actor"): default for key, default in rows}
+    for key in ("model.actor", "model.critic"):
+        del keys[key]
+    assert table == keys
