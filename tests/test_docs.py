@@ -59,7 +59,7 @@ def test_the_table_of_knobs_is_what_the_study_recipe_takes():
             assert key in keys
             continue
         default = re.search(r" \[(?!.* \[)(.*)\]$", meaning)
-        keys[key] = default[1] if default else "–"
+        keys[key] = default[1] if default else "-"
     assert len(keys) > 50
     page = (DOCS / "sac_study.md").read_text().partition("<!-- knobs -->")[2]
     rows = re.findall(r"^\| `(\S+)` \| (.*?) \| ", page, re.M)

@@ -49,8 +49,9 @@ class SpectralLinear(nn.Linear):
     With ``iterations=1`` this is :func:`torch.nn.utils.parametrizations.spectral_norm`, which vmap
     has no rule for: :math:`u \leftarrow W v/|W v|, v \leftarrow W^\top u/|W^\top u|`. More of them
     go before that as a Chebyshev polynomial of :math:`W^\top W`, which is at most 1 below
-    :math:`|W v|^2` and grows fastest above: a power iteration lags behind Muon's updates, whose
-    directions are all new (width 256, rate 0.02: 1 is off by 13 %, 16 by 3 %, 8 here by 1 %).
+    :math:`|W v|^2` and grows fastest above, because a power iteration lags behind Muon, whose every
+    update has as much of each direction. In SAC's first 120 updates at width 256 one iteration is
+    off by up to 22 % with Muon at 0.02 and 16 % with Adam at 3e-4, eight by 3 % and 2 %.
 
     Args:
         in_features: size of an input.
