@@ -75,6 +75,19 @@ class Agent(L.LightningModule):
         if not isinstance(anneal_lr, bool):
             _try_scheduler(anneal_lr, built)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Agent:
+        """Move to a device or dtype, and let policy and loss share their buffers as before.
+
+        A move keeps parameters but replaces buffers, in the policy and in the loss apart: vectors
+        of a spectral norm would go on in one of them only.
+        """
+        super()._apply(*args, **kwargs)
+        actor = getattr(self.loss, "actor_network_params", None)
+        names = {name for name, _ in self.policy.named_parameters()}
+        if actor is not None and names <= set(dict(actor.flatten_keys(".").items())):
+            actor.to_module(self.policy)
+        return self
+
     @property
     def frames(self) -> int:
         """Frames collected so far: the axis of every metric."""

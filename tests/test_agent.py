@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import lr_scheduler
 
 from muon_rl.envs import DMControl
+from muon_rl.modules import TanhNormalActor
 from muon_rl.optim import OptimizerConfig
 
 ENV = DMControl("cartpole", "swingup", action_repeat=2)
@@ -306,3 +307,17 @@ def test_a_mistake_in_the_optimizers_shows_when_the_agent_is_made(optimizer, mes
     sac = SAC(ENV)
     with pytest.raises(ValueError, match=message):
         Agent(loss=sac.loss, policy=sac.policy, optimizer=optimizer)
+
+
+def test_a_move_leaves_policy_and_loss_one_network():
+    actor = partial(TanhNormalActor, hidden=[8, 8], spectral_norm=True)
+    agent = SAC(ENV, actor=actor).double()
+    of_loss = agent.loss.actor_network_params
+    tensors = dict(agent.policy.named_parameters()) | dict(agent.policy.named_buffers())
+    assert sum(name.endswith(".u") for name in tensors) == 2
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float64
+        assert tensor.data_ptr() == of_loss[tuple(name.split("."))].data_ptr()
+    fit(agent.float())
+    for name, tensor in agent.policy.named_buffers():
+        assert torch.equal(tensor, agent.loss.actor_network_params[tuple(name.split("."))])
