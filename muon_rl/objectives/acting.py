@@ -1,0 +1,120 @@
+"""What the data, a policy and its values say of the actions that were taken."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import (
+    CompositeDistribution,
+    ProbabilisticTensorDictSequential,
+    set_composite_lp_aggregate,
+)
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+
+def log_prob_taken(
+    actor: ProbabilisticTensorDictSequential, tensordict: TensorDictBase, action_key: NestedKey
+) -> Tensor:
+    r"""Return :math:`\log \pi(a|s)` of the actions that the data hold.
+
+    Args:
+        actor: with ``get_dist``; its own outputs in the data are not read.
+        tensordict: the actor's inputs and the action, ``(*batch,)``; left as it is.
+        action_key: of the action; not read by a composite distribution, which knows its keys.
+
+    Returns:
+        Nats, ``(*batch,)``; of a composite distribution the sum over its parts.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from torch.distributions import Categorical
+        >>> from torchrl.modules import ProbabilisticActor
+        >>> actor = ProbabilisticActor(
+        ...     TensorDictModule(torch.nn.Identity(), ["observation"], ["logits"]),
+        ...     in_keys=["logits"],
+        ...     distribution_class=Categorical,
+        ... )
+        >>> observation = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
+        >>> td = TensorDict(observation=observation, action=torch.tensor([1, 0]), batch_size=[2])
+        >>> log_prob_taken(actor, td, "action").exp()
+        tensor([0.7500, 0.5000])
+    """
+    distribution = actor.get_dist(tensordict.select(*actor.in_keys, strict=False))
+    if isinstance(distribution, CompositeDistribution):
+        with set_composite_lp_aggregate(True):
+            return distribution.log_prob(tensordict)
+    return distribution.log_prob(tensordict.get(action_key))
+
+
+def summed_log_prob(log_prob: Tensor | TensorDictBase) -> Tensor:
+    """Return stored log-probabilities as one number: those of a composite action's parts added up.
+
+    Args:
+        log_prob: nats, ``(*batch,)``, or a tensordict of such.
+    """
+    if isinstance(log_prob, Tensor):
+        return log_prob
+    return torch.stack(list(log_prob.values(True, True))).sum(0)
+
+
+def value_taken(action_value: Tensor, action: Tensor) -> Tensor:
+    """Return the value of the action taken from those of all actions.
+
+    Args:
+        action_value: any unit, ``(*batch, actions)``; ``-inf`` where an action may not be taken.
+        action: numbers ``(*batch,)`` or ``(*batch, 1)``, or one-hot ``(*batch, actions)``.
+
+    Returns:
+        ``(*batch, 1)``.
+
+    Raises:
+        ValueError: if the action has another shape.
+
+    Example:
+        >>> values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> value_taken(values, torch.tensor([1, 0])).squeeze(-1)
+        tensor([2., 3.])
+        >>> value_taken(values, torch.tensor([[0, 1], [1, 0]])).squeeze(-1)
+        tensor([2., 3.])
+    """
+    batch, actions = action_value.shape[:-1], action_value.shape[-1]
+    if action.shape == (*batch, 1) or action.shape == batch:
+        return action_value.gather(-1, action.reshape(*batch, 1).long())
+    if action.shape == (*batch, actions):
+        return torch.where(action.bool(), action_value, 0.0).sum(-1, keepdim=True)
+    raise ValueError(
+        f"Action values of shape {tuple(action_value.shape)} need an action of shape "
+        f"{tuple(batch)}, {(*batch, 1)} or, one-hot, {(*batch, actions)}, but it has "
+        f"{tuple(action.shape)}."
+    )
+
+
+def required(tensordict: TensorDictBase, key: NestedKey, remedy: str) -> Tensor:
+    """Return what the data hold under a key.
+
+    Args:
+        tensordict: the data.
+        key: that must be there.
+        remedy: who could write it, and how; the end of the error.
+
+    Raises:
+        KeyError: if it is not there.
+    """
+    found = tensordict.get(key, None)
+    if found is None:
+        raise KeyError(f"The data hold no {key!r}. {remedy}")
+    return found
+
+
+def per_step(x: Tensor, like: Tensor) -> Tensor:
+    """Return one number a step in the shape of another, which may have axes of one more or less.
+
+    Args:
+        x: ``(*batch,)``, or as many numbers as ``like`` has.
+        like: ``(*batch, *features)``, TorchRL's rewards for example.
+    """
+    if x.numel() == like.numel():
+        return x.reshape(like.shape)
+    return x.reshape(*x.shape, *(1,) * (like.ndim - x.ndim)).expand_as(like)
