@@ -22,11 +22,11 @@ def start(workspace, *options):
     )
 
 
-def wait_for_line(process, text):
+def wait_for_line(process, text, stream="stdout"):
     """Read the program's output up to a text."""
     seen = ""
     while text not in seen:
-        character = process.stdout.read(1)
+        character = getattr(process, stream).read(1)
         assert character, f"ended before {text!r}: {process.stderr.read()}"
         seen += character
 
@@ -77,8 +77,7 @@ def test_a_second_ctrl_c_stops_at_once(workspace):
     wait_for_line(process, "Training")
     time.sleep(4)  # into the long first evaluation
     process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    wait_for_line(process, "Stopping after this update", "stderr")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
