@@ -82,10 +82,12 @@ class Agent(L.LightningModule):
         of a spectral norm would go on in one of them only.
         """
         super()._apply(*args, **kwargs)
-        actor = getattr(self.loss, "actor_network_params", None)
         names = {name for name, _ in self.policy.named_parameters()}
-        if actor is not None and names <= set(dict(actor.flatten_keys(".").items())):
-            actor.to_module(self.policy)
+        for loss in self.loss.modules():  # a sequence of losses has them below
+            actor = getattr(loss, "actor_network_params", None)
+            if actor is not None and names <= set(dict(actor.flatten_keys(".").items())):
+                actor.to_module(self.policy)
+                break
         return self
 
     @property

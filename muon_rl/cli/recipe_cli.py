@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -180,12 +181,12 @@ class RecipeCLI(LightningCLI):
         """Return the method's name, its ``${key}`` filled in from the config."""
         template = self.settings.method_name or f"{type(self.model).__name__}_{self.env.task}"
         # The config's text leaves out an optimizer that a recipe leaves to its default.
-        configs = {
-            f"model.optimizer.{network}": asdict(config) if is_dataclass(config) else dict(config)
-            for network, config in self.model.optimizer_configs.items()
-        }
-        config = yaml.safe_load(self._config_text())
-        return names.fill(template, record.flatten(configs) | record.flatten(config))
+        defaults: dict[str, Any] = {}
+        for network, options in self.model.optimizer_configs.items():
+            fields = dict(options) if isinstance(options, Mapping) else asdict(options)
+            defaults |= record.flatten(fields, f"model.optimizer.{network}")
+        config = record.flatten(yaml.safe_load(self._config_text()))
+        return names.fill(template, defaults | config)
 
     def _find_checkpoint(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Read the checkpoint that was asked for, and check that it fits, optimizer included."""

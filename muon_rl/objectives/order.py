@@ -1,0 +1,135 @@
+"""Whether losses that are called one after the other find what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey, unravel_key
+from torchrl.objectives import LossModule
+
+PRODUCERS = {"cmpo": "CMPOLoss", "unroll": "DynamicsLoss", "prior": "OneStepLookahead"}
+MODEL_KEYS = ("hidden_state", "value_pred", "logits", "loc", "scale", "reward_pred")
+
+
+def check_order(
+    losses: Mapping[str, LossModule],
+    enabled: Mapping[str, bool],
+    policy: TensorDictModuleBase | None = None,
+) -> None:
+    """Raise if a loss that is on would not find in the data what another is to write there.
+
+    Args:
+        losses: by name, in the order of their calls.
+        enabled: which of them are on.
+        policy: what acts, beside the networks of the losses.
+
+    Raises:
+        ValueError: naming the key, who produces it and where to put that; or a term or metric that
+            two losses return.
+    """
+    names = list(losses)
+    written = {name: written_by(loss) for name, loss in losses.items()}
+    terms: dict[NestedKey, str] = {}
+    on = {name: loss for name, loss in losses.items() if enabled[name]}
+    for name, loss in on.items():
+        for key in loss.out_keys:
+            if key in terms:
+                raise ValueError(twice(key, terms[key], name))
+            terms[key] = name
+        required = read_by(loss)
+        for key in [*required, *_read_if_there(loss)]:
+            producers = [other for other in names if other != name and key in written[other]]
+            able = [other for other in producers if other in on]
+            if any(names.index(other) < names.index(name) for other in able):
+                continue
+            if able:
+                raise ValueError(
+                    f"{name!r} reads {key!r}, which {able[0]!r} ({_kind(losses[able[0]])}) "
+                    f"writes later: move {able[0]} before {name}."
+                )
+            if key not in required:
+                continue
+            if producers:
+                raise ValueError(
+                    f"{name!r} reads {key!r}, which {producers[0]!r} "
+                    f"({_kind(losses[producers[0]])}) writes, but that is off: switch "
+                    f"{producers[0]} on, or {name} off."
+                )
+            if key not in written[name]:
+                _check_outside(name, key, on, policy)
+
+
+def _check_outside(
+    name: str, key: NestedKey, on: Mapping[str, LossModule], policy: TensorDictModuleBase | None
+) -> None:
+    """Raise if a key that no loss writes is not one that the data hold."""
+    role = _role(on[name], key)
+    if role in PRODUCERS:
+        alike = [
+            f" {other!r} writes {their!r}: if that is it, rename one by set_keys()."
+            for other, loss in on.items()
+            for their in sorted(written_by(loss), key=str)
+            if other != name and _role(loss, their) == role
+        ]
+        raise ValueError(
+            f"{name!r} reads {key!r}, which no loss of the sequence writes. {PRODUCERS[role]} "
+            f"writes it: put one before {name}.{''.join(alike[:1])}"
+        )
+    if key not in MODEL_KEYS:
+        return
+    networks = [network for loss in on.values() for network in _networks(loss)]
+    if policy is not None:
+        networks.append(policy)
+    if networks and not any(key in network.out_keys for network in networks):
+        raise ValueError(
+            f"{name!r} reads {key!r}, which neither a loss nor the policy writes. A world model "
+            "does: collect with a policy that holds one, such as MuesliPolicy(WorldModel(...)), "
+            f"and give it here as policy=, so that it writes before {name} reads."
+        )
+
+
+def read_by(loss: LossModule) -> list[NestedKey]:
+    """Return what a loss must find in the data."""
+    return [unravel_key(key) for key in loss.in_keys]
+
+
+def _read_if_there(loss: LossModule) -> list[NestedKey]:
+    """Return what a loss would read of an unroll that another makes, and else makes for itself."""
+    own = written_by(loss)
+    named = [key for name, key in vars(loss.tensor_keys).items() if name.startswith("unroll_")]
+    return [key for key in map(unravel_key, named) if key not in own]
+
+
+def written_by(loss: LossModule) -> set[NestedKey]:
+    """Return what a loss writes into the data; under "next" it may write the same."""
+    keys = {unravel_key(key) for key in getattr(loss, "written_keys", ())}
+    return keys | {unravel_key(("next", key)) for key in keys if key[0] != "next"}
+
+
+def _kind(loss: LossModule) -> str:
+    return type(loss).__name__
+
+
+def _role(loss: LossModule, key: NestedKey) -> str:
+    """Return whose a key is: the first word of its name in ``set_keys``, or of itself."""
+    bare = key[1:] if isinstance(key, tuple) and key[0] == "next" else key
+    bare = unravel_key(bare)
+    for name, named in vars(loss.tensor_keys).items():
+        if named is not None and not isinstance(named, list) and unravel_key(named) == bare:
+            return name.split("_")[0]
+    return bare[0] if isinstance(bare, tuple) else bare
+
+
+def _networks(loss: LossModule) -> list[TensorDictModuleBase]:
+    """Return a loss's networks: functional ones are no submodules."""
+    held = [*vars(loss).values(), *loss._modules.values()]
+    return [network for network in held if isinstance(network, TensorDictModuleBase)]
+
+
+def twice(key: NestedKey, first: str, second: str) -> str:
+    """Return what to say of a name that two losses return."""
+    return (
+        f"Both {first!r} and {second!r} return {key!r}: a name can stand for one of them. Switch "
+        "one off, or train them apart."
+    )

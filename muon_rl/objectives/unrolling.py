@@ -1,0 +1,291 @@
+"""What the losses that unroll a world model share: its parts, the data's ends, the targets."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictParams
+from tensordict.utils import NestedKey, expand_right
+from torch import Tensor, nn
+from torchrl.data import Categorical, OneHot
+from torchrl.objectives import LossModule
+
+from muon_rl.objectives.acting import per_step, required
+from muon_rl.objectives.functional import scale_gradient
+from muon_rl.objectives.windows import UnrollMasks, unroll_masks, unroll_targets, unroll_windows
+
+VALUE_TARGET = (
+    "A value estimator writes it (RetraceEstimator, or TorchRL's GAE): run it over the data before "
+    "this loss, or name the key by set_keys(value_target=...)."
+)
+COLLECTED = "A TorchRL collector writes it; name another key by set_keys()."
+REDUCTIONS = ("none", "mean", "sum")
+SCALAR_LOSSES = ("two_hot", "mse")
+
+
+def next_key(key: NestedKey) -> NestedKey:
+    """Return the key of the same thing one step later."""
+    return ("next", key) if isinstance(key, str) else ("next", *key)
+
+
+def unroll(model: Any, hidden_state: Tensor, actions: Tensor, *, grad_scale: float) -> TensorDict:
+    r"""Return what a world model predicts along actions, from its three parts.
+
+    :math:`(h_k, \hat r_k) = g(h_{k-1}, a_{k-1})` and :math:`(\hat v_k, \hat\pi_k) = p(h_k)` for
+    :math:`k = 1, \dots, K`; what flows back from step :math:`k + 1` into :math:`h_k`,
+    :math:`k \ge 1`, is scaled.
+
+    Args:
+        model: with TensorDictModules ``dynamics`` and ``prediction``.
+        hidden_state: :math:`h_0`, ``(*batch, H)``.
+        actions: ``(*batch, K, *action)``; the first is taken in :math:`h_0`.
+        grad_scale: of the recurrent path, dimensionless.
+
+    Returns:
+        A tensordict ``(*batch, K)`` with all that the two parts write, the rewards' keys and
+        ``hidden_state`` of the state that each step leads to.
+
+    Example:
+        >>> from torchrl.data import Unbounded
+        >>> from muon_rl.modules import WorldModel
+        >>> from muon_rl.specs import Specs
+        >>> model = WorldModel(Specs(Unbounded(4), Categorical(3)), latent=16)
+        >>> actions = torch.zeros(7, 5, dtype=torch.int64)
+        >>> unroll(model, torch.rand(7, 16), actions, grad_scale=0.5)["reward_pred"].shape
+        torch.Size([7, 5, 1])
+
+    Source: Hessel et al. 2021, arXiv:2104.06159, eq. 13.
+    """
+    dim, steps = hidden_state.ndim - 1, []
+    for action in actions.unbind(dim):
+        step = TensorDict({"hidden_state": hidden_state, "action": action}, action.shape[:dim])
+        step = model.dynamics(step)
+        following = step.get(("next", "hidden_state"))
+        steps.append(step.exclude("action", "next").set("hidden_state", following))
+        hidden_state = scale_gradient(following, grad_scale)
+    along = TensorDict.stack(steps, dim)
+    return along.update(model.prediction(along.select("hidden_state")))
+
+
+class Slices(NamedTuple):
+    """Sequences, and where they end: flags bool ``(*batch, T)``, ``data`` of that batch size."""
+
+    data: TensorDictBase
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    valid: Tensor
+    next_observed: bool
+
+    def masks(self, steps: int) -> UnrollMasks:
+        return unroll_masks(
+            self.terminated, self.truncated, steps, valid=self.valid,
+            next_observed=self.next_observed,
+        )  # fmt: skip
+
+    def ahead(self, root: Tensor, bootstrap: Tensor | None, steps: int) -> Tensor:
+        """Return what is known of each :math:`s_{t+k}`, ``(*batch, T, K, *features)``."""
+        return unroll_targets(
+            root, bootstrap, self.terminated, self.truncated, steps, valid=self.valid,
+            feature_dims=root.ndim - self.reward.ndim,
+        )  # fmt: skip
+
+
+class UnrollLoss(LossModule):
+    """Base of the losses that unroll a world model along the actions taken.
+
+    Args:
+        world_model: as the losses' own.
+        unroll_steps: K, >= 1.
+        policy_horizon: steps whose policy is predicted, in [1, K]; ``None``: K.
+        dynamics_grad_scale: factor of the gradient on the recurrent path, dimensionless.
+        scalar_loss: ``"two_hot"`` or ``"mse"``; ``None``: as the model has bins.
+        use_target_network: whether bootstrapped values are a target network's.
+        reduction: none, mean or sum.
+
+    Raises:
+        TypeError: if the model lacks a part.
+        KeyError: if a part of the model does not write what is read of it.
+        ValueError: if an option is out of its range.
+    """
+
+    world_model: Any
+    world_model_params: TensorDictParams
+    target_world_model_params: TensorDictParams
+    tensor_keys: Any
+
+    def __init__(
+        self,
+        world_model: nn.Module,
+        *,
+        unroll_steps: int,
+        policy_horizon: int | None,
+        dynamics_grad_scale: float,
+        scalar_loss: str | None,
+        use_target_network: bool,
+        reduction: str,
+    ) -> None:
+        super().__init__()
+        model: Any = getattr(world_model, "world_model", world_model)
+        self._check_model(model)
+        code = getattr(model, "code", None)
+        if scalar_loss is None:
+            scalar_loss = "mse" if code is None else "two_hot"
+        names = {"scalar_loss": SCALAR_LOSSES, "reduction": REDUCTIONS}
+        for name, given in {"scalar_loss": scalar_loss, "reduction": reduction}.items():
+            if given not in names[name]:
+                known = ", ".join(names[name])
+                raise ValueError(f"{name} must be one of {known}, but is {given!r}.")
+        if scalar_loss == "two_hot" and code is None:
+            raise ValueError(
+                "scalar_loss='two_hot' needs a world model with bins, whose code has the loss, but "
+                "its code is None. Build it with bins=61, or take scalar_loss='mse'."
+            )
+        if unroll_steps < 1:
+            raise ValueError(f"unroll_steps must be at least 1, but is {unroll_steps}.")
+        horizon = unroll_steps if policy_horizon is None else policy_horizon
+        if not 1 <= horizon <= unroll_steps:
+            raise ValueError(
+                f"policy_horizon must be from 1 to unroll_steps={unroll_steps}, but is {horizon}."
+            )
+        self.convert_to_functional(model, "world_model", create_target_params=use_target_network)
+        self.discrete = "logits" in model.prediction.out_keys
+        self.unroll_steps, self.policy_horizon = unroll_steps, horizon
+        self.dynamics_grad_scale, self.scalar_loss = dynamics_grad_scale, scalar_loss
+        self.use_target_network, self.reduction = use_target_network, reduction
+
+    def _make_vmap(self) -> None:
+        """Do nothing: no network runs under vmap."""
+
+    def _check_model(self, model: Any) -> None:
+        """Raise if the model cannot be unrolled, saying what it lacks."""
+        name = type(self).__name__
+        parts = ("representation", "dynamics", "prediction", "specs")
+        lacking = [part for part in parts if not hasattr(model, part)]
+        if lacking:
+            raise TypeError(
+                f"{name} needs a world model with {', '.join(parts)}, but {type(model).__name__} "
+                f"lacks {', '.join(lacking)}. Use muon_rl.modules.WorldModel, or a MuesliPolicy."
+            )
+        discrete = isinstance(model.specs.action, (Categorical, OneHot))
+        wanted: dict[str, list[NestedKey]] = {
+            "representation": ["hidden_state"],
+            "dynamics": [("next", "hidden_state"), "reward_pred"],
+            "prediction": ["value_pred", *(["logits"] if discrete else ["loc", "scale"])],
+        }
+        for part, keys in wanted.items():
+            for key in keys:
+                if key not in getattr(model, part).out_keys:
+                    raise KeyError(
+                        f"{name} reads {key!r} from the world model's {part}, which writes only "
+                        f"{getattr(model, part).out_keys}. Add it to that module's out_keys."
+                    )
+
+    @property
+    def _model_keys(self) -> list[NestedKey]:
+        return list(self.world_model.representation.in_keys)
+
+    @property
+    def _data_keys(self) -> list[NestedKey]:
+        """What is read of the data, whatever the loss: optional are flags and next observations."""
+        keys = self.tensor_keys
+        after = [keys.reward, keys.done, keys.terminated, *self._model_keys]
+        return list(dict.fromkeys([*self._model_keys, keys.action, *map(next_key, after)]))
+
+    def _slices(self, tensordict: TensorDictBase) -> Slices:
+        keys = self.tensor_keys
+        reward = required(tensordict, next_key(keys.reward), COLLECTED)
+        if reward.ndim < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs sequences (*batch, T) whose last dim is time, but "
+                f"{next_key(keys.reward)!r} has shape {tuple(reward.shape)}: (*batch, T, 1) is "
+                "needed."
+            )
+        reward = reward.squeeze(-1)
+        terminated = tensordict.get(next_key(keys.terminated), None)
+        done = tensordict.get(next_key(keys.done), terminated)
+        if done is None:
+            done = required(tensordict, next_key(keys.done), COLLECTED)
+        done = per_step(done, reward)
+        terminated = done if terminated is None else per_step(terminated, reward)
+        valid, padded = torch.ones_like(done), False
+        for key in self._loss_mask_keys():
+            mask = tensordict.get(key, None)
+            if mask is not None:
+                valid, padded = valid & self._expand_loss_mask(mask, reward), True
+        nexts = [next_key(key) for key in self._model_keys]
+        data = tensordict.select(*self._model_keys, keys.action, *nexts, strict=False)
+        data.batch_size = reward.shape
+        if padded:
+            # Where padding is NaN, so would be the gradient, though the loss is 0.
+            data = data.apply(
+                lambda x: torch.where(expand_right(valid, x.shape), x, torch.zeros_like(x))
+            )
+        seen = all(data.get(key, None) is not None for key in nexts)
+        return Slices(data, reward, terminated, done & ~terminated, valid, seen)
+
+    def _unroll(self, slices: Slices) -> TensorDict:
+        """Return the predictions of the K steps from each state, ``(*batch, T, K)``."""
+        key = self.tensor_keys.action
+        action = required(slices.data, key, COLLECTED)
+        windows = unroll_windows(
+            action, self.unroll_steps, feature_dims=action.ndim - slices.reward.ndim
+        )
+        with self.world_model_params.to_module(self.world_model, preserve_module_state=False):
+            state = self._encoded(slices.data, slices.reward.shape)
+            return unroll(self.world_model, state, windows, grad_scale=self.dynamics_grad_scale)
+
+    def _predicted(
+        self, slices: Slices, params: TensorDictParams, *, following: bool
+    ) -> TensorDictBase:
+        """Return value and policy of the sequences' states, or of the true next ones."""
+        data = slices.data.get("next") if following else slices.data
+        with torch.no_grad(), params.to_module(self.world_model, preserve_module_state=False):
+            state = self._encoded(data, slices.reward.shape)
+            return self.world_model.prediction(
+                TensorDict({"hidden_state": state}, slices.reward.shape)
+            )
+
+    def _encoded(self, data: TensorDictBase, batch: torch.Size) -> Tensor:
+        inputs = data.select(*self._model_keys, strict=False)
+        inputs.batch_size = batch
+        return self.world_model.representation(inputs).get("hidden_state")
+
+    def _scalar_losses(
+        self, tensordict: TensorDictBase, slices: Slices, along: TensorDictBase
+    ) -> tuple[Tensor, Tensor]:
+        """Return the losses of reward and value of each state, ``(*batch, T)``."""
+        steps, masks = self.unroll_steps, slices.masks(self.unroll_steps)
+        reward = unroll_windows(slices.reward, steps)
+        key = self.tensor_keys.value_target
+        root = per_step(required(tensordict, key, VALUE_TARGET), slices.reward)
+        bootstrap = None
+        if slices.next_observed:
+            seen = self._predicted(slices, self.target_world_model_params, following=True)
+            bootstrap = seen.get("value_pred").squeeze(-1).to(root.dtype)
+        value = slices.ahead(root, bootstrap, steps)
+        return (
+            self._each(self._scalar(along, "reward", reward, masks.reward), masks.reward, slices),
+            self._each(self._scalar(along, "value", value, masks.value), masks.value, slices),
+        )
+
+    def _scalar(self, along: TensorDictBase, name: str, target: Tensor, mask: Tensor) -> Tensor:
+        target = torch.where(mask, target.detach(), 0.0)
+        if self.scalar_loss == "two_hot":
+            return self.world_model.code.loss(along.get(f"{name}_logits"), target)
+        return (along.get(f"{name}_pred").squeeze(-1) - target).square()
+
+    @staticmethod
+    def _each(loss: Tensor, mask: Tensor, slices: Slices) -> Tensor:
+        """Return one number a state, whose mean over the states is that over all valid steps."""
+        count = mask.sum().clamp_min(1)
+        return torch.where(mask, loss, 0.0).sum(-1) * slices.valid.sum() / count
+
+    def _reduced(self, tensordict: TensorDictBase, loss: Tensor) -> Tensor:
+        weights = self._maybe_get_priority_weight(tensordict)
+        return self._reduce_loss(loss, tensordict, weights=weights)
+
+    def _average(self, tensordict: TensorDictBase, loss: Tensor) -> Tensor:
+        return self._reduce_loss(loss.detach(), tensordict, reduction="mean")
