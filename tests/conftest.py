@@ -65,12 +65,6 @@ def _one_thread():
         yield
 
 
-@pytest.fixture(autouse=True)
-def _still_one_thread():
-    """Undo what an earlier test left: TorchRL's ParallelEnv sets the threads of its process."""
-    torch.set_num_threads(1)
-
-
 def pytest_collection_modifyitems(items):
     """Skip what needs a device that is not there, saying so."""
     if not torch.cuda.is_available():

@@ -200,10 +200,10 @@ class ReplayData(AgentData):
             self.buffer.extend(transitions[order])
         self.buffer.sampler.load_state_dict(contents["sampler"])
         # Where new episodes begin, the old ones' last steps have no rewards to wait for.
-        if self.multi_step is not None and contents.get("waiting") and self.continues_episodes:
-            batch_dims = 1 if self.num_envs == 1 and not self.env_processes else 2
-            waiting = TensorDict.from_dict(contents["waiting"], batch_dims=batch_dims)
-            self.multi_step._buffer = waiting
+        multi_step, waiting = self.multi_step, contents.get("waiting")
+        if multi_step is not None and waiting and self.continues_episodes:
+            batch_dims = waiting["next"]["done"].ndim - 1
+            multi_step._buffer = TensorDict.from_dict(waiting, batch_dims=batch_dims)
 
     def _whole_collections(self, frames: int) -> int:
         """Return the agent steps of the fewest collections that make so many frames."""

@@ -6,9 +6,32 @@ import signal
 from functools import partial
 from typing import Any
 
+import torch
 from torchrl.envs import EnvBase, ParallelEnv, SerialEnv
 
 from muon_rl.envs.base import EnvFactory
+
+
+class _KeepsThreads:
+    """Leaves torch's threads as they are when it is closed, which may be whenever it is collected.
+
+    TorchRL's own set them to more than the user may have allowed (torchrl 0.14).
+    """
+
+    def close(self, **options: Any) -> None:
+        threads = torch.get_num_threads()
+        try:
+            super().close(**options)  # type: ignore[misc]
+        finally:
+            torch.set_num_threads(threads)
+
+
+class _Serial(_KeepsThreads, SerialEnv):
+    pass
+
+
+class _Parallel(_KeepsThreads, ParallelEnv):
+    pass
 
 
 def make_several(
@@ -29,9 +52,10 @@ def make_several(
     if number == 1 and not processes:
         return factory.make(seed=seed)
     if processes:
-        env: EnvBase = ParallelEnv(number, partial(_make_in_worker, factory))
+        make = partial(_make_in_worker, factory)
+        env: EnvBase = _Parallel(number, make, num_threads=torch.get_num_threads())
     else:
-        env = SerialEnv(number, factory.make)
+        env = _Serial(number, factory.make)
     if seed is not None:
         env.set_seed(seed)
     return env

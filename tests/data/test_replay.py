@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from muon_rl.recipes.sac import SAC, SACData
+from data_module import make
 from tensordict import TensorDict
 
 from muon_rl.data import ends
 from muon_rl.envs import DMControl
 
 ENV = DMControl("cartpole", "swingup", action_repeat=2)
-
-
-def make(**options) -> SACData:
-    defaults = {"total_frames": 200, "init_random_frames": 80, "batch_size": 16}
-    data = SACData(ENV, **{**defaults, **options})
-    agent = SAC(ENV)
-    # What Lightning's trainer would be to the data module.
-    data.trainer = SimpleNamespace(
-        lightning_module=agent,
-        received_sigterm=False,
-        global_rank=0,
-        state=SimpleNamespace(fn="fit"),
-    )
-    data.setup("fit")
-    return data
 
 
 @pytest.mark.parametrize(
@@ -37,7 +20,7 @@ def make(**options) -> SACData:
 def test_updates_follow_the_agent_steps_after_the_warm_up(
     updates_per_step, steps_per_collection, updates
 ):
-    data = make(updates_per_step=updates_per_step, steps_per_collection=steps_per_collection)
+    data = make(ENV, updates_per_step=updates_per_step, steps_per_collection=steps_per_collection)
     stream = data.train_dataloader()
     assert len(stream) == updates
     seen = [(batch.shape, data.frames) for batch in stream]
@@ -51,7 +34,7 @@ def test_updates_follow_the_agent_steps_after_the_warm_up(
 
 
 def test_the_warm_up_is_uniform_and_what_follows_is_the_policy():
-    data = make(total_frames=2000, init_random_frames=1600, batch_size=16)
+    data = make(ENV, total_frames=2000, init_random_frames=1600, batch_size=16)
     stream = iter(data.train_dataloader())
     next(stream)
     actions = data.buffer[:]["action"][:800]
@@ -61,7 +44,7 @@ def test_the_warm_up_is_uniform_and_what_follows_is_the_policy():
 
 
 def test_the_buffer_holds_what_the_loss_reads_and_no_more():
-    data = make()
+    data = make(ENV)
     next(iter(data.train_dataloader()))
     keys = set(data.buffer[:].keys(include_nested=True, leaves_only=True))
     assert keys - {"index"} == {
@@ -71,7 +54,7 @@ def test_the_buffer_holds_what_the_loss_reads_and_no_more():
 
 
 def test_evaluations_are_due_as_frames_pass_and_at_the_end():
-    data = make(total_frames=230, init_random_frames=80, eval_every=50)
+    data = make(ENV, total_frames=230, init_random_frames=80, eval_every=50)
     due = []
     for _ in data.train_dataloader():
         if data.evaluation_due:
@@ -81,7 +64,7 @@ def test_evaluations_are_due_as_frames_pass_and_at_the_end():
 
 
 def test_no_evaluation_between_the_updates_of_one_step():
-    data = make(eval_every=100, updates_per_step=3.0)
+    data = make(ENV, eval_every=100, updates_per_step=3.0)
     due = [data.updates for _ in data.train_dataloader() if data.evaluation_due]
     assert due[0] == 30  # all three updates of the step that reaches frame 100
     assert data.frames == 200
@@ -89,7 +72,7 @@ def test_no_evaluation_between_the_updates_of_one_step():
 
 def test_a_resumed_stream_serves_what_is_left_from_the_same_numbers():
     torch.manual_seed(0)
-    data = make()
+    data = make(ENV)
     stream = iter(data.train_dataloader())
     for _ in range(25):
         next(stream)
@@ -97,7 +80,7 @@ def test_a_resumed_stream_serves_what_is_left_from_the_same_numbers():
     expected = [batch.clone() for batch in stream]
 
     torch.manual_seed(1)
-    resumed = make()
+    resumed = make(ENV)
     resumed.trainer.lightning_module.load_state_dict(data.trainer.lightning_module.state_dict())
     resumed.load_state_dict(state)
     rest = resumed.train_dataloader()
@@ -107,10 +90,10 @@ def test_a_resumed_stream_serves_what_is_left_from_the_same_numbers():
 
 
 def test_a_full_buffer_is_restored_in_its_order():
-    data = make(buffer_size=30)
+    data = make(ENV, buffer_size=30)
     for _ in data.train_dataloader():
         pass
-    other = make(buffer_size=30)
+    other = make(ENV, buffer_size=30)
     other.load_state_dict(data.state_dict())
     assert (other.buffer[:] == data.buffer[:]).all()
     assert other.buffer.writer.state_dict() == data.buffer.writer.state_dict()
@@ -118,10 +101,10 @@ def test_a_full_buffer_is_restored_in_its_order():
 
 @pytest.mark.parametrize("frames", [170, 200])
 def test_a_wrapped_buffer_moves_into_a_larger_one_oldest_first(frames):
-    data = make(buffer_size=30, total_frames=frames)
+    data = make(ENV, buffer_size=30, total_frames=frames)
     for _ in data.train_dataloader():
         pass
-    larger = make(buffer_size=60, total_frames=frames)
+    larger = make(ENV, buffer_size=60, total_frames=frames)
     larger.load_state_dict(data.state_dict())
     cursor = data.buffer.writer.state_dict()["_cursor"] % 30
     order = torch.arange(30).roll(-cursor)
@@ -133,13 +116,13 @@ def test_seeds_of_the_environment_follow_the_global_seed():
     first = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        first.append(make().collect()["observation"])
+        first.append(make(ENV).collect()["observation"])
     assert torch.equal(first[0], first[1])
     assert not torch.equal(first[0], first[2])
 
 
 def test_the_metrics_of_an_episode_are_given_once():
-    data = make(total_frames=1200, init_random_frames=1100)
+    data = make(ENV, total_frames=1200, init_random_frames=1100)
     for _ in data.train_dataloader():
         pass
     assert data.take_episode_metrics()["train/episode_length"] == 1000
@@ -147,7 +130,7 @@ def test_the_metrics_of_an_episode_are_given_once():
 
 
 def test_evaluation_leaves_the_random_numbers_of_training_alone():
-    data = make(eval_episodes=1)
+    data = make(ENV, eval_episodes=1)
     before = torch.get_rng_state()
     first = [episode["next", "episode_return"][-1] for episode in data.val_dataloader()]
     assert torch.equal(torch.get_rng_state(), before)
@@ -181,4 +164,4 @@ def test_the_end_of_each_game_is_its_first_done_step():
 )
 def test_numbers_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        make(**options)
+        make(ENV, **options)

@@ -7,11 +7,12 @@ import signal
 
 import pytest
 import torch
+import torchrl
 from data_module import make
 from tensordict import TensorDict
 from walk import register
 
-from muon_rl.envs import DMControl, Gym
+from muon_rl.envs import DMControl, Gym, make_several
 
 GAMMA = 0.99
 
@@ -143,6 +144,22 @@ def test_processes_of_their_own_leave_ctrl_c_to_the_trainer():
     finally:
         data.teardown("fit")
     assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_torchs_threads_stay_what_they_were(processes, monkeypatch):
+    monkeypatch.setattr(torchrl, "_THREAD_POOL_INIT", 16)  # up to which TorchRL would raise them
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    env = make_several(DMControl("cartpole", "swingup", 2), 3, processes=processes)
+    try:
+        env.reset()
+        running = torch.get_num_threads()
+    finally:
+        env.close()
+        after = torch.get_num_threads()
+        torch.set_num_threads(before)
+    assert (running, after) == (4, 4)
 
 
 @pytest.mark.parametrize("name", ["num_envs", "n_steps"])
