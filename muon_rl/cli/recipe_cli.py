@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -132,6 +131,12 @@ class RecipeCLI(LightningCLI):
                 "env is missing: name a recipe, --config=NAME (see muon-rl recipes), or an "
                 "environment, --env=CLASS."
             )
+        model = self.settings.model
+        if model.init_args.get("optimizer") is None:
+            # jsonargparse 4.53 puts in what the base class Agent has as a default: none.
+            default = recipes.default_optimizer(model.class_path)
+            for key, value in record.flatten(default, "optimizer").items():
+                model.init_args[key] = value
         torch.set_float32_matmul_precision(self.settings.matmul_precision)
         if self.subcommand == "validate":
             # A look at a checkpoint is no run.
@@ -180,13 +185,7 @@ class RecipeCLI(LightningCLI):
     def _method_name(self) -> str:
         """Return the method's name, its ``${key}`` filled in from the config."""
         template = self.settings.method_name or f"{type(self.model).__name__}_{self.env.task}"
-        # The config's text leaves out an optimizer that a recipe leaves to its default.
-        defaults: dict[str, Any] = {}
-        for network, options in self.model.optimizer_configs.items():
-            fields = dict(options) if isinstance(options, Mapping) else asdict(options)
-            defaults |= record.flatten(fields, f"model.optimizer.{network}")
-        config = record.flatten(yaml.safe_load(self._config_text()))
-        return names.fill(template, defaults | config)
+        return names.fill(template, record.flatten(yaml.safe_load(self._config_text)))
 
     def _find_checkpoint(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Read the checkpoint that was asked for, and check that it fits, optimizer included."""
@@ -202,7 +201,7 @@ class RecipeCLI(LightningCLI):
         self.checkpoint_path = path
         runs.check_fit(self.checkpoint, self.model.state_dict(), path)
         if optimizer is not None:
-            runs.check_schedule(self.checkpoint, self._config_text())
+            runs.check_schedule(self.checkpoint, self._config_text)
             runs.check_optimizer(self.checkpoint, optimizer)
         frames = self.checkpoint["muon_rl"]["frames"]
         if self.subcommand == "fit" and frames >= self.datamodule.total_frames:
@@ -211,6 +210,7 @@ class RecipeCLI(LightningCLI):
                 f"(now {self.datamodule.total_frames:,}) to train further."
             )
 
+    @cached_property
     def _config_text(self) -> str:
         """Return the resolved config as YAML."""
         parser = self._parser(self.subcommand)
@@ -221,7 +221,7 @@ class RecipeCLI(LightningCLI):
 
     def _record(self) -> record.RunRecord:
         resumed_from = self.checkpoint["muon_rl"]["frames"] if self.checkpoint else None
-        return record.RunRecord(self._config_text(), resumed_from)
+        return record.RunRecord(self._config_text, resumed_from)
 
     # -- running -------------------------------------------------------------------------------
 

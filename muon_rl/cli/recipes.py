@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 import sys
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from muon_rl.cli import ConfigError
 
@@ -54,6 +57,21 @@ def find(name: str) -> str:
         f"--config={name}: there is no such file and no shipped recipe of this name; {hint}"
         f"Shipped are the recipes {', '.join(shipped())} and the tasks {', '.join(tasks())}."
     )
+
+
+def default_optimizer(model: str) -> dict[str, Any]:
+    """Return the fields of the optimizers that a model has by default; empty if it has none.
+
+    Args:
+        model: the class's path.
+
+    Example:
+        >>> default_optimizer("muon_rl.recipes.sac.SAC")["alpha"]["case"]
+        'adam'
+    """
+    parameter = inspect.signature(pkgutil.resolve_name(model)).parameters.get("optimizer")
+    default = parameter and parameter.default
+    return asdict(default) if is_dataclass(default) and not isinstance(default, type) else {}
 
 
 def main(arguments: list[str]) -> None:

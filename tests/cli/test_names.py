@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
+from muon_rl.recipes.sac import SACOptimizers
 
 from muon_rl.cli import ConfigError, main, names
+from muon_rl.cli.record import flatten
 
 CONFIG = {
     "env.domain": "cheetah", "model.optimizer.actor.case": "muon",
@@ -68,3 +74,21 @@ def test_a_wrong_key_shows_before_a_run_begins(workspace, capsys):
         main(["fit", *workspace.options, "--method_name=SAC_${model.tua}"])
     assert "names model.tua" in capsys.readouterr().err
     assert not workspace.records
+
+
+def test_a_recipe_without_an_optimizer_records_the_models_own(workspace):
+    recipe = Path("plain.yaml")
+    recipe.write_text(
+        "env: {class_path: muon_rl.envs.DMControl, init_args: {domain: cartpole, task: swingup}}\n"
+        "model: {class_path: muon_rl.recipes.sac.SAC}\n"
+        "data: {class_path: muon_rl.recipes.sac.SACData, init_args: {total_frames: 120, "
+        "init_random_frames: 100, batch_size: 16, eval_every: 120, eval_episodes: 1}}\n"
+    )
+    main(["fit", f"--config={recipe}", "--method_name=sac_${model.optimizer.alpha.case}"])
+    (record,) = workspace.records
+    assert record.data.tags["method"] == "sac_adam"
+    fields = json.loads(json.dumps(asdict(SACOptimizers())))  # tuples as lists, as in a config
+    own = flatten(fields, "model.optimizer")
+    assert "model.optimizer.critic.muon.lr" in own
+    logged = {key: record.data.params[key] for key in own}
+    assert logged == {key: str(value) for key, value in own.items()}
