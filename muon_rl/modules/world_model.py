@@ -23,6 +23,7 @@ from muon_rl.modules.mlp import ActivationNorm, Init, mlp
 from muon_rl.modules.representation import Encoder, representation
 from muon_rl.modules.two_hot import SignedHyperbolicTwoHot
 from muon_rl.specs import Specs
+from muon_rl.unroll import unroll
 
 _FIRST_PREDICTIONS = 0.01  # share of the heads' weights that they begin with
 
@@ -205,7 +206,10 @@ class WorldModel(TensorDictModuleBase):
         Raises:
             ValueError: if the shapes do not fit.
         """
-        return self._step(hidden_state, self._checked(hidden_state, action, steps=0))
+        self._check(hidden_state, action, steps=0)
+        outs = self.dynamics.module(hidden_state, action)
+        keys = ["hidden_state", *self.dynamics.out_keys[1:]]
+        return TensorDict(dict(zip(keys, outs, strict=True)), hidden_state.shape[:-1])
 
     def unroll(
         self, hidden_state: Tensor, actions: Tensor, *, grad_scale: float = 1.0
@@ -231,23 +235,11 @@ class WorldModel(TensorDictModuleBase):
         Raises:
             ValueError: if the shapes do not fit, or there is no action.
         """
-        self._checked(hidden_state, actions, steps=1)
-        state, steps = hidden_state, []
-        for action in actions.unbind(hidden_state.ndim - 1):
-            steps.append(self._step(state, action))
-            state = steps[-1]["hidden_state"]
-            # Exact in its value, whatever the factor.
-            state = state.detach() + grad_scale * (state - state.detach())
-        along = TensorDict.stack(steps, hidden_state.ndim - 1)
-        return along.update(self.predict(along["hidden_state"]))
+        self._check(hidden_state, actions, steps=1)
+        return unroll(self, hidden_state, actions, grad_scale=grad_scale)
 
-    def _step(self, hidden_state: Tensor, action: Tensor) -> TensorDict:
-        outs = self.dynamics.module(hidden_state, action)
-        keys = ["hidden_state", *self.dynamics.out_keys[1:]]
-        return TensorDict(dict(zip(keys, outs, strict=True)), hidden_state.shape[:-1])
-
-    def _checked(self, hidden_state: Tensor, action: Tensor, *, steps: int) -> Tensor:
-        """Return the action, if it fits."""
+    def _check(self, hidden_state: Tensor, action: Tensor, *, steps: int) -> None:
+        """Raise if the action does not fit."""
         batch, own = hidden_state.shape[:-1], self.specs.action.shape
         between = action.shape[len(batch) : action.ndim - len(own)]
         fits = action.shape == (*batch, *between, *own)
@@ -257,4 +249,3 @@ class WorldModel(TensorDictModuleBase):
                 f"(*{tuple(batch)}, {'K >= 1, ' * steps}*{tuple(own)}), but they are "
                 f"{tuple(action.shape)}."
             )
-        return action

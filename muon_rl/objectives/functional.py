@@ -1,10 +1,10 @@
 r"""The maths of CMPO and Muesli: pure functions of tensors, free of keys, networks and state.
 
 A log-probability of ``-inf`` is an action that may not be taken. All functions keep a gradient
-where their arguments have one: detach targets and priors where they are made. Three siblings can be
-imported from here too: :mod:`~muon_rl.objectives.divergences` between policies,
-:mod:`~muon_rl.objectives.windows` of an unrolled model, :mod:`~muon_rl.two_hot` as
-categories.
+where their arguments have one: detach targets and priors where they are made. What stands in other
+modules can be imported from here too: :mod:`~muon_rl.objectives.divergences` between policies,
+:mod:`~muon_rl.objectives.windows` of an unrolled model, :mod:`~muon_rl.two_hot` as categories, and
+the gradient's scale of :mod:`~muon_rl.unroll`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from muon_rl.objectives.divergences import cross_entropy, kl_divergence, total_variation
 from muon_rl.objectives.windows import UnrollMasks, unroll_masks, unroll_targets, unroll_windows
 from muon_rl.two_hot import two_hot_bins, two_hot_loss, two_hot_value
+from muon_rl.unroll import scale_gradient
 
 __all__ = [
     "UnrollMasks",
@@ -196,27 +197,6 @@ def retrace_returns(
         weight = _product(weight, pad(weight[..., shift:], (0, shift)))
         shift *= 2
     return returns
-
-
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    r"""Return its argument, whose gradient comes back times a factor.
-
-    .. math::
-        y = x, \qquad \partial L / \partial x = s \, \partial L / \partial y
-
-    Args:
-        x: floating point, finite, any shape and unit.
-        scale: :math:`s`, dimensionless.
-
-    Example:
-        >>> x = torch.tensor(3.0, requires_grad=True)
-        >>> scale_gradient(x, 0.5).square().backward()
-        >>> x.grad
-        tensor(3.)
-
-    Source: Schrittwieser et al. 2020, arXiv:1911.08265, appendix G.
-    """
-    return x.detach() + scale * (x - x.detach())
 
 
 def _product(weight: Tensor, x: Tensor) -> Tensor:

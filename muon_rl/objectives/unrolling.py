@@ -13,8 +13,8 @@ from torchrl.data import Categorical, OneHot
 from torchrl.objectives import LossModule
 
 from muon_rl.objectives.acting import per_step, required
-from muon_rl.objectives.functional import scale_gradient
 from muon_rl.objectives.windows import UnrollMasks, unroll_masks, unroll_targets, unroll_windows
+from muon_rl.unroll import unroll
 
 VALUE_TARGET = (
     "A value estimator writes it (RetraceEstimator, or TorchRL's GAE): run it over the data before "
@@ -28,45 +28,6 @@ SCALAR_LOSSES = ("two_hot", "mse")
 def next_key(key: NestedKey) -> NestedKey:
     """Return the key of the same thing one step later."""
     return ("next", key) if isinstance(key, str) else ("next", *key)
-
-
-def unroll(model: Any, hidden_state: Tensor, actions: Tensor, *, grad_scale: float) -> TensorDict:
-    r"""Return what a world model predicts along actions, from its three parts.
-
-    :math:`(h_k, \hat r_k) = g(h_{k-1}, a_{k-1})` and :math:`(\hat v_k, \hat\pi_k) = p(h_k)` for
-    :math:`k = 1, \dots, K`; what flows back from step :math:`k + 1` into :math:`h_k`,
-    :math:`k \ge 1`, is scaled.
-
-    Args:
-        model: with TensorDictModules ``dynamics`` and ``prediction``.
-        hidden_state: :math:`h_0`, ``(*batch, H)``.
-        actions: ``(*batch, K, *action)``; the first is taken in :math:`h_0`.
-        grad_scale: of the recurrent path, dimensionless.
-
-    Returns:
-        A tensordict ``(*batch, K)`` with all that the two parts write, the rewards' keys and
-        ``hidden_state`` of the state that each step leads to.
-
-    Example:
-        >>> from torchrl.data import Unbounded
-        >>> from muon_rl.modules import WorldModel
-        >>> from muon_rl.specs import Specs
-        >>> model = WorldModel(Specs(Unbounded(4), Categorical(3)), latent=16)
-        >>> actions = torch.zeros(7, 5, dtype=torch.int64)
-        >>> unroll(model, torch.rand(7, 16), actions, grad_scale=0.5)["reward_pred"].shape
-        torch.Size([7, 5, 1])
-
-    Source: Hessel et al. 2021, arXiv:2104.06159, eq. 13.
-    """
-    dim, steps = hidden_state.ndim - 1, []
-    for action in actions.unbind(dim):
-        step = TensorDict({"hidden_state": hidden_state, "action": action}, action.shape[:dim])
-        step = model.dynamics(step)
-        following = step.get(("next", "hidden_state"))
-        steps.append(step.exclude("action", "next").set("hidden_state", following))
-        hidden_state = scale_gradient(following, grad_scale)
-    along = TensorDict.stack(steps, dim)
-    return along.update(model.prediction(along.select("hidden_state")))
 
 
 class Slices(NamedTuple):

@@ -14,8 +14,8 @@ from torchrl.objectives import SoftUpdate
 
 from muon_rl.modules import MuesliPolicy, SignedHyperbolicTwoHot, WorldModel
 from muon_rl.objectives import DynamicsLoss
-from muon_rl.objectives.unrolling import unroll
 from muon_rl.specs import Specs
+from muon_rl.unroll import unroll
 
 UNROLL = [("unroll", key) for key in ("value", "reward", "mask")]
 
