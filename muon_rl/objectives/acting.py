@@ -11,6 +11,8 @@ from tensordict.nn import (
 )
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torch.distributions import Distribution
+from torchrl.objectives import LossModule
 
 
 def log_prob_taken(
@@ -41,11 +43,31 @@ def log_prob_taken(
         >>> log_prob_taken(actor, td, "action").exp()
         tensor([0.7500, 0.5000])
     """
-    distribution = actor.get_dist(tensordict.select(*actor.in_keys, strict=False))
-    if isinstance(distribution, CompositeDistribution):
+    policy = actor.get_dist(tensordict.select(*actor.in_keys, strict=False))
+    return log_prob_of(policy, tensordict, action_key)
+
+
+def log_prob_of(policy: Distribution, data: TensorDictBase, action: NestedKey) -> Tensor:
+    """Return the log-probability of the actions that the data hold, nats, ``(*batch,)``.
+
+    Args:
+        policy: over actions; of a composite one the sum over its parts.
+        data: with the actions, ``(*batch,)``; one-hot ones may be bool, as their spec's are.
+        action: their key; not read by a composite distribution, which knows its keys.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.modules import OneHotCategorical
+        >>> data = TensorDict(action=torch.tensor([[False, True], [True, False]]), batch_size=[2])
+        >>> log_prob_of(OneHotCategorical(probs=torch.tensor([0.25, 0.75])), data, "action").exp()
+        tensor([0.7500, 0.2500])
+    """
+    if isinstance(policy, CompositeDistribution):
         with set_composite_lp_aggregate(True):
-            return distribution.log_prob(tensordict)
-    return distribution.log_prob(tensordict.get(action_key))
+            return policy.log_prob(data)
+    taken = data.get(action)
+    # TorchRL's one-hot distribution takes an argmax, which torch has not for bool.
+    return policy.log_prob(taken.int() if taken.dtype == torch.bool else taken)
 
 
 def summed_log_prob(log_prob: Tensor | TensorDictBase) -> Tensor:
@@ -105,6 +127,26 @@ def required(tensordict: TensorDictBase, key: NestedKey, remedy: str) -> Tensor:
     found = tensordict.get(key, None)
     if found is None:
         raise KeyError(f"The data hold no {key!r}. {remedy}")
+    return found
+
+
+def loss_mask(loss: LossModule, data: TensorDictBase, like: Tensor) -> Tensor | None:
+    """Return which steps count, by the masks that a loss looks for in the data; None without one.
+
+    Args:
+        loss: whose ``loss_mask_key`` says which they are.
+        data: of a step each.
+        like: ``(*batch,)``, the shape of the mask.
+
+    Raises:
+        ValueError: if a mask has more axes.
+    """
+    found = None
+    for key in loss._loss_mask_keys():
+        mask = data.get(key, None)
+        if mask is not None:
+            mask = loss._expand_loss_mask(mask, like)
+            found = mask if found is None else found & mask
     return found
 
 

@@ -19,7 +19,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import LossModule, ValueEstimators
 from torchrl.objectives.utils import dispatch_value_estimator
 
-from muon_rl.objectives.acting import per_step
+from muon_rl.objectives.acting import loss_mask, per_step
 from muon_rl.objectives.retrace import PADDING, RetraceEstimator
 
 ESTIMATORS = ("GAE", "TD0", "TD1", "TDLambda")
@@ -115,12 +115,7 @@ class ActorCriticLoss(LossModule):
             data: a copy, where the mask is written.
             like: ``(*batch,)``.
         """
-        found = None
-        for key in self._loss_mask_keys():
-            mask = data.get(key, None)
-            if mask is not None:
-                mask = self._expand_loss_mask(mask, like)
-                found = mask if found is None else found & mask
+        found = loss_mask(self, data, like)
         if found is not None:
             data.set(PADDING, found.unsqueeze(-1))
         return found

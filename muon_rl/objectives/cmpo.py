@@ -20,6 +20,7 @@ from torch.distributions import Distribution
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import LossModule
 
+from muon_rl.objectives.acting import loss_mask
 from muon_rl.objectives.action_values import ActionValues, values_of_all, values_of_samples
 from muon_rl.objectives.divergences import cross_entropy, kl_divergence
 from muon_rl.objectives.lookahead import PRIOR_ACTION_VALUE, PRIOR_STATE_VALUE
@@ -276,14 +277,10 @@ class CMPOLoss(LossModule):
 
     def _scale(self, tensordict: TensorDictBase, seen: ActionValues) -> Tensor:
         """Return what to divide advantages by, after an update of the running second moment."""
-        valid = None
-        for key in self._loss_mask_keys():
-            mask = tensordict.get(key, None)
-            if mask is not None:
-                mask = self._expand_loss_mask(mask, seen.value).unsqueeze(-1)
-                valid = mask if valid is None else valid & mask
+        mask = loss_mask(self, tensordict, seen.value)
         value_target = tensordict.get(self.tensor_keys.value_target, None)
-        return self.normalizer(seen.spread(value_target), valid)
+        spread = seen.spread(value_target)
+        return self.normalizer(spread, None if mask is None else mask.unsqueeze(-1))
 
     def _write(
         self, tensordict: TensorDictBase, seen: ActionValues, options: dict[str, Any]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tensordict import TensorDictBase
 from tensordict.nn import (
-    CompositeDistribution,
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModuleBase,
@@ -43,14 +41,6 @@ def value_key(critic: TensorDictModuleBase) -> NestedKey:
         f"{type(critic).__name__} writes {', '.join(map(repr, critic.out_keys))}. Give it one of "
         "the two as out_key."
     )
-
-
-def log_prob_of(policy: Distribution, data: TensorDictBase, action: NestedKey) -> Tensor:
-    """Return the log-probability of the data's actions, nats, ``(*batch,)``."""
-    if isinstance(policy, CompositeDistribution):
-        with set_composite_lp_aggregate(True):
-            return policy.log_prob(data)
-    return policy.log_prob(data.get(action))
 
 
 @torch.no_grad()

@@ -14,12 +14,11 @@ from tensordict.nn import (
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from muon_rl.objectives.acting import per_step, required, summed_log_prob
+from muon_rl.objectives.acting import log_prob_of, per_step, required, summed_log_prob
 from muon_rl.objectives.actor_critic import ActorCriticLoss
 from muon_rl.objectives.judging import (
     entropy_of,
     explained_variance,
-    log_prob_of,
     masked_variance,
     own_critic,
     value_key,

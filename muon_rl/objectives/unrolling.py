@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrl.data import Categorical, OneHot
 from torchrl.objectives import LossModule
 
-from muon_rl.objectives.acting import per_step, required
+from muon_rl.objectives.acting import loss_mask, per_step, required
 from muon_rl.objectives.windows import UnrollMasks, unroll_masks, unroll_targets, unroll_windows
 from muon_rl.unroll import unroll
 
@@ -171,15 +171,12 @@ class UnrollLoss(LossModule):
             done = required(tensordict, next_key(keys.done), COLLECTED)
         done = per_step(done, reward)
         terminated = done if terminated is None else per_step(terminated, reward)
-        valid, padded = torch.ones_like(done), False
-        for key in self._loss_mask_keys():
-            mask = tensordict.get(key, None)
-            if mask is not None:
-                valid, padded = valid & self._expand_loss_mask(mask, reward), True
+        mask = loss_mask(self, tensordict, reward)
+        valid = torch.ones_like(done) if mask is None else mask
         nexts = [next_key(key) for key in self._model_keys]
         data = tensordict.select(*self._model_keys, keys.action, *nexts, strict=False)
         data.batch_size = reward.shape
-        if padded:
+        if mask is not None:
             # Where padding is NaN, so would be the gradient, though the loss is 0.
             data = data.apply(
                 lambda x: torch.where(expand_right(valid, x.shape), x, torch.zeros_like(x))

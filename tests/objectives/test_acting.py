@@ -1,0 +1,56 @@
+"""What the data say of the actions taken: their log-probabilities, and which steps count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from made_up import sequences, small_model
+from tensordict import TensorDict
+from tensordict.nn import CompositeDistribution
+from torch.distributions import Categorical, Normal
+from torch.testing import assert_close
+from torchrl.data import OneHot
+from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
+
+from muon_rl.objectives import DynamicsLoss
+from muon_rl.objectives.acting import log_prob_of, loss_mask
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_hot_actions_may_be_of_any_type(masked):
+    logits = torch.randn(5, 3)
+    policy = OneHotCategorical(logits=logits)
+    if masked:
+        policy = MaskedOneHotCategorical(logits=logits, mask=torch.ones(5, 3, dtype=torch.bool))
+    action = OneHot(3).rand((5,))
+    assert action.dtype == torch.bool
+    expected = logits.log_softmax(-1)[action]
+    for kind in (torch.bool, torch.int64, torch.float32):
+        data = TensorDict(action=action.to(kind), batch_size=[5])
+        assert_close(log_prob_of(policy, data, "action"), expected)
+
+
+def test_of_a_composite_action_the_parts_add_up():
+    logits, loc = torch.randn(5, 3), torch.randn(5)
+    params = {"move": {"logits": logits}, "force": {"loc": loc, "scale": torch.ones(5)}}
+    policy = CompositeDistribution(
+        TensorDict(params, [5]), distribution_map={"move": Categorical, "force": Normal}
+    )
+    data = TensorDict(move=torch.arange(5) % 3, force=torch.randn(5), batch_size=[5])
+    expected = Categorical(logits=logits).log_prob(data["move"])
+    expected = expected + Normal(loc, 1.0).log_prob(data["force"])
+    assert_close(log_prob_of(policy, data, "not read"), expected)
+
+
+def test_a_step_counts_if_all_masks_say_so():
+    loss, data = DynamicsLoss(small_model()), sequences(1, 4)
+    like = torch.zeros(1, 4)
+    assert loss_mask(loss, data, like) is None
+    data["collector", "mask"] = torch.tensor([[True, True, False, False]]).unsqueeze(-1)
+    assert loss_mask(loss, data, like).tolist() == [[True, True, False, False]]
+    data["shifted_valid"] = torch.tensor([[True, False, True, False]])
+    assert loss_mask(loss, data, like).tolist() == [[True, False, False, False]]
+    loss.loss_mask_key = "shifted_valid"
+    assert loss_mask(loss, data, like).tolist() == [[True, False, True, False]]
+    loss.loss_mask_key = None
+    assert loss_mask(loss, data, like) is None
