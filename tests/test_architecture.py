@@ -21,10 +21,10 @@ ROWS = [
     {"agent", "callbacks", "experiments", "tracking"},
     {"data"},
     {"envs", "modules", "objectives", "optim", "diagnostics"},
-    {"specs", "two_hot", "unroll"},
+    {"choices", "specs", "two_hot", "unroll"},
 ]
 # A tracked run's record names the logger, a checkpoint's folder its callbacks: one way only.
-DROP_IN = {"optim", "objectives", "modules", "envs", "specs", "two_hot", "unroll"}
+DROP_IN = {"optim", "objectives", "modules", "envs", "choices", "specs", "two_hot", "unroll"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchrl.modules import MLP
 
+from muon_rl.choices import check_choice
 from muon_rl.modules.spectral import SpectralLinear
 
 ActivationNorm = Literal["none", "layernorm", "l2"]
@@ -185,13 +186,9 @@ def mlp(
     spectral norm below the head, Gogianu et al. 2021, arXiv:2105.05246, and Bjorck et al. 2021,
     arXiv:2106.01151; orthogonal weights, Saxe et al. 2014, arXiv:1312.6120.
     """
-    for name, value, allowed in (
-        ("activation", activation, list(_ACTIVATIONS)),
-        ("activation_norm", activation_norm, ["none", *_NORMS]),
-        ("init", init, ["default", "orthogonal"]),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, but is {value!r}.")
+    check_choice("activation", activation, _ACTIVATIONS)
+    check_choice("activation_norm", activation_norm, ["none", *_NORMS])
+    check_choice("init", init, ["default", "orthogonal"])
     widths = list(hidden)
     if not all(type(width) is int and width > 0 for width in widths):
         raise ValueError(f"hidden must hold widths, positive integers, but is {hidden!r}.")

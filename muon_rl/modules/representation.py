@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchrl.data import TensorSpec
 from torchrl.modules import LSTMModule
 
+from muon_rl.choices import check_choice
 from muon_rl.modules.latent import LatentNorm, latent_norm_of
 from muon_rl.modules.mlp import _ACTIVATIONS, ActivationNorm, Init, mlp
 
@@ -83,10 +84,7 @@ class GridEncoder(nn.Module):
                 "A convolutional encoder needs channels and a grid (channels, height, width) as "
                 f"observation, but the shape is {tuple(shape)} and channels is {channels!r}."
             )
-        if activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {', '.join(_ACTIVATIONS)}, but is {activation!r}."
-            )
+        check_choice("activation", activation, _ACTIVATIONS)
         self.shape, self.channels_last = tuple(shape), channels_last
         size, *edges = (shape[-1], *shape[:-1]) if channels_last else shape
         kind, gain = _ACTIVATIONS[activation]

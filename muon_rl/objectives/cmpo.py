@@ -20,15 +20,13 @@ from torch.distributions import Distribution
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import LossModule
 
+from muon_rl.choices import REDUCTIONS, check_choice
 from muon_rl.objectives.acting import loss_mask
 from muon_rl.objectives.action_values import ActionValues, values_of_all, values_of_samples
-from muon_rl.objectives.divergences import cross_entropy, kl_divergence
+from muon_rl.objectives.divergences import DIVERGENCES
 from muon_rl.objectives.lookahead import PRIOR_ACTION_VALUE, PRIOR_STATE_VALUE
 from muon_rl.objectives.normalizer import AdvantageNormalizer
 from muon_rl.objectives.priors import PriorMixture, all_log_probs, is_discrete
-
-DIVERGENCES = {"kl": kl_divergence, "cross_entropy": cross_entropy}
-REDUCTIONS = ("none", "mean", "sum")
 
 
 class CMPOLoss(LossModule):
@@ -159,10 +157,8 @@ class CMPOLoss(LossModule):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        names = {"divergence": (divergence, DIVERGENCES), "reduction": (reduction, REDUCTIONS)}
-        for name, (given, known) in names.items():
-            if given not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, but is {given!r}.")
+        check_choice("divergence", divergence, DIVERGENCES)
+        check_choice("reduction", reduction, REDUCTIONS)
         if not advantage_clip_min < advantage_clip_max:
             raise ValueError(
                 "advantage_clip_min must be below advantage_clip_max, but they are "

@@ -77,6 +77,9 @@ def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
+DIVERGENCES = {"kl": kl_divergence, "cross_entropy": cross_entropy}
+
+
 def _expectation(log_p: Tensor, log_q: Tensor, nats: Tensor) -> Tensor:
     """Return the mean of ``nats`` under p, where 0 times anything is 0, its gradient too."""
     _same_shape(log_p, log_q)

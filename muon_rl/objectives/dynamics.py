@@ -85,21 +85,9 @@ class DynamicsLoss(UnrollLoss):
     """
 
     @dataclass
-    class _AcceptedKeys:
-        """``reward``, ``done`` and ``terminated`` stand under ``"next"``."""
-
-        action: NestedKey = "action"
-        reward: NestedKey = "reward"
-        done: NestedKey = "done"
-        terminated: NestedKey = "terminated"
-        value_target: NestedKey = "value_target"
-        unroll_logits: NestedKey = ("unroll", "logits")
-        unroll_loc: NestedKey = ("unroll", "loc")
-        unroll_scale: NestedKey = ("unroll", "scale")
+    class _AcceptedKeys(UnrollLoss._AcceptedKeys):
         unroll_value: NestedKey = ("unroll", "value")
         unroll_reward: NestedKey = ("unroll", "reward")
-        unroll_mask: NestedKey = ("unroll", "mask")
-        priority_weight: NestedKey = "priority_weight"
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys

@@ -12,11 +12,11 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.modules import TanhNormal
 
+from muon_rl.choices import check_choice
 from muon_rl.objectives.acting import required
-from muon_rl.objectives.divergences import cross_entropy, kl_divergence
+from muon_rl.objectives.divergences import DIVERGENCES
 from muon_rl.objectives.unrolling import Slices, UnrollLoss, next_key
 
-DIVERGENCES = {"kl": kl_divergence, "cross_entropy": cross_entropy}
 TARGETS = ("cmpo", "current")
 GAUSSIAN = ("loc", "scale")
 CMPO = (
@@ -107,22 +107,10 @@ class MuesliModelLoss(UnrollLoss):
     """
 
     @dataclass
-    class _AcceptedKeys:
-        """``reward``, ``done`` and ``terminated`` stand under ``"next"``."""
-
-        action: NestedKey = "action"
-        reward: NestedKey = "reward"
-        done: NestedKey = "done"
-        terminated: NestedKey = "terminated"
-        value_target: NestedKey = "value_target"
-        unroll_logits: NestedKey = ("unroll", "logits")
-        unroll_loc: NestedKey = ("unroll", "loc")
-        unroll_scale: NestedKey = ("unroll", "scale")
-        unroll_mask: NestedKey = ("unroll", "mask")
+    class _AcceptedKeys(UnrollLoss._AcceptedKeys):
         cmpo_log_prob: NestedKey = ("cmpo", "log_prob")
         cmpo_action: NestedKey = ("cmpo", "action")
         cmpo_weight: NestedKey = ("cmpo", "weight")
-        priority_weight: NestedKey = "priority_weight"
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
@@ -164,14 +152,8 @@ class MuesliModelLoss(UnrollLoss):
             use_target_network=use_target_network and own_unroll is not False,
             reduction=reduction,
         )
-        if policy_target not in TARGETS:
-            raise ValueError(
-                f"policy_target must be one of {', '.join(TARGETS)}, but is {policy_target!r}."
-            )
-        if divergence not in DIVERGENCES:
-            raise ValueError(
-                f"divergence must be one of {', '.join(DIVERGENCES)}, but is {divergence!r}."
-            )
+        check_choice("policy_target", policy_target, TARGETS)
+        check_choice("divergence", divergence, DIVERGENCES)
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, but is {num_samples}.")
         self.policy_target, self.divergence = policy_target, divergence

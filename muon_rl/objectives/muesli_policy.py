@@ -14,6 +14,7 @@ from tensordict.nn import (
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from muon_rl.choices import REDUCTIONS, check_choice
 from muon_rl.objectives.acting import log_prob_of, per_step, required, summed_log_prob
 from muon_rl.objectives.actor_critic import ActorCriticLoss
 from muon_rl.objectives.judging import (
@@ -27,7 +28,6 @@ from muon_rl.objectives.normalizer import AdvantageNormalizer
 from muon_rl.objectives.retrace import COLLECT
 from muon_rl.two_hot import LIMIT, two_hot_loss
 
-REDUCTIONS = ("none", "mean", "sum")
 SCALAR_LOSSES = (None, "two_hot", "mse")
 
 
@@ -127,11 +127,8 @@ class MuesliPolicyLoss(ActorCriticLoss):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        names = {"scalar_loss": (scalar_loss, SCALAR_LOSSES), "reduction": (reduction, REDUCTIONS)}
-        for name, (given, known) in names.items():
-            if given not in known:
-                listed = ", ".join(map(str, known))
-                raise ValueError(f"{name} must be one of {listed}, but is {given!r}.")
+        check_choice("scalar_loss", scalar_loss, SCALAR_LOSSES)
+        check_choice("reduction", reduction, REDUCTIONS)
         bounds = {"max_importance_ratio": max_importance_ratio, "two_hot_limit": two_hot_limit}
         for name, bound in bounds.items():
             if bound is not None and not bound > 0:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 from torchrl.objectives.value import ValueEstimatorBase
 
+from muon_rl.choices import check_choice
 from muon_rl.objectives.acting import (
     log_prob_taken,
     per_step,
@@ -163,8 +164,7 @@ class RetraceEstimator(ValueEstimatorBase):
             if not 0.0 <= float(number) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], but is {number}.")
             self.register_buffer(name, torch.as_tensor(number, device=self._device))
-        if target not in TARGETS:
-            raise ValueError(f"target must be one of {', '.join(TARGETS)}, but is {target!r}.")
+        check_choice("target", target, TARGETS)
         self.target = target
         self.time_dim = time_dim
         # As the value network: theirs are no parameters of this module, nor of a loss that has it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torchrl.data import Categorical, OneHot
 from torchrl.objectives import LossModule
 
+from muon_rl.choices import REDUCTIONS, check_choice
 from muon_rl.objectives.acting import loss_mask, per_step, required
 from muon_rl.objectives.windows import UnrollMasks, unroll_masks, unroll_targets, unroll_windows
 from muon_rl.unroll import unroll
@@ -21,7 +23,6 @@ VALUE_TARGET = (
     "this loss, or name the key by set_keys(value_target=...)."
 )
 COLLECTED = "A TorchRL collector writes it; name another key by set_keys()."
-REDUCTIONS = ("none", "mean", "sum")
 SCALAR_LOSSES = ("two_hot", "mse")
 
 
@@ -72,10 +73,27 @@ class UnrollLoss(LossModule):
         ValueError: if an option is out of its range.
     """
 
+    @dataclass
+    class _AcceptedKeys:
+        """``reward``, ``done`` and ``terminated`` stand under ``"next"``."""
+
+        action: NestedKey = "action"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+        value_target: NestedKey = "value_target"
+        unroll_logits: NestedKey = ("unroll", "logits")
+        unroll_loc: NestedKey = ("unroll", "loc")
+        unroll_scale: NestedKey = ("unroll", "scale")
+        unroll_mask: NestedKey = ("unroll", "mask")
+        priority_weight: NestedKey = "priority_weight"
+
+    tensor_keys: Any
+    default_keys = _AcceptedKeys
+
     world_model: Any
     world_model_params: TensorDictParams
     target_world_model_params: TensorDictParams
-    tensor_keys: Any
 
     def __init__(
         self,
@@ -94,11 +112,8 @@ class UnrollLoss(LossModule):
         code = getattr(model, "code", None)
         if scalar_loss is None:
             scalar_loss = "mse" if code is None else "two_hot"
-        names = {"scalar_loss": SCALAR_LOSSES, "reduction": REDUCTIONS}
-        for name, given in {"scalar_loss": scalar_loss, "reduction": reduction}.items():
-            if given not in names[name]:
-                known = ", ".join(names[name])
-                raise ValueError(f"{name} must be one of {known}, but is {given!r}.")
+        check_choice("scalar_loss", scalar_loss, SCALAR_LOSSES)
+        check_choice("reduction", reduction, REDUCTIONS)
         if scalar_loss == "two_hot" and code is None:
             raise ValueError(
                 "scalar_loss='two_hot' needs a world model with bins, whose code has the loss, but "
