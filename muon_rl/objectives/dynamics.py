@@ -57,9 +57,10 @@ class DynamicsLoss(UnrollLoss):
         reduction: none, mean or sum.
 
     Raises:
-        TypeError: if ``world_model`` lacks a part.
-        KeyError: if the model or the data lack a key.
-        ValueError: if an option is out of its range, or the data have no dim of time.
+        TypeError: if ``world_model`` is none.
+        KeyError: if the data lack a key.
+        ValueError: if the model lacks what is read of it, an option is out of its range,
+            or the data have no dim of time.
 
     Example:
         >>> import torch

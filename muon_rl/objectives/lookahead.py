@@ -8,13 +8,13 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torchrl.data import Categorical, OneHot
 from torchrl.modules import TanhNormal
+
+from muon_rl.objectives.model_parts import is_listed, model_of
 
 PRIOR_ACTION = ("prior", "action")
 PRIOR_ACTION_VALUE = ("prior", "action_value")
 PRIOR_STATE_VALUE = ("prior", "state_value")
-PARTS = ("representation", "dynamics", "prediction")
 
 
 class OneStepLookahead(TensorDictModuleBase):
@@ -42,11 +42,12 @@ class OneStepLookahead(TensorDictModuleBase):
         num_samples: N of the actions that it samples itself.
 
     Raises:
-        TypeError: if ``world_model`` lacks a part.
-        ValueError: if ``gamma`` or ``num_samples`` is out of its range.
+        TypeError: if ``world_model`` is none.
+        ValueError: if the model lacks what is read of it, or ``gamma`` or ``num_samples`` is out
+            of its range.
 
     Example:
-        >>> from torchrl.data import Unbounded
+        >>> from torchrl.data import Categorical, Unbounded
         >>> from muon_rl.modules import WorldModel
         >>> from muon_rl.specs import Specs
         >>> model = WorldModel(Specs(Unbounded(4), Categorical(3)), latent=16)
@@ -64,20 +65,14 @@ class OneStepLookahead(TensorDictModuleBase):
         self, world_model: nn.Module, *, gamma: float = 0.99, num_samples: int = 16
     ) -> None:
         super().__init__()
-        model: Any = getattr(world_model, "world_model", world_model)
-        lacking = [part for part in (*PARTS, "specs") if not hasattr(model, part)]
-        if lacking:
-            raise TypeError(
-                f"OneStepLookahead needs a world model with {', '.join((*PARTS, 'specs'))}, but "
-                f"{type(model).__name__} lacks {', '.join(lacking)}. See "
-                "muon_rl.modules.WorldModel; without a model, give CMPOLoss a Q-network."
-            )
+        # Without the policy: CMPOLoss has actions from its own actor.
+        model = model_of("OneStepLookahead", world_model, policy=False)
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma must be in [0, 1], but is {gamma}.")
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, but is {num_samples}.")
         self.world_model, self.gamma, self.num_samples = model, gamma, num_samples
-        self.discrete = isinstance(model.specs.action, (Categorical, OneHot))
+        self.discrete = is_listed(model)
         self.in_keys = list(model.representation.in_keys)
         self.out_keys = [PRIOR_ACTION_VALUE, PRIOR_STATE_VALUE]
 

@@ -80,9 +80,10 @@ class MuesliModelLoss(UnrollLoss):
         reduction: none, mean or sum.
 
     Raises:
-        TypeError: if ``world_model`` lacks a part.
-        KeyError: if the model or the data lack a key.
-        ValueError: if an option is out of its range, or shapes do not fit.
+        TypeError: if ``world_model`` is none.
+        KeyError: if the data lack a key.
+        ValueError: if the model lacks what is read of it, an option is out of its range,
+            or shapes do not fit.
 
     Example:
         >>> from torchrl.data import Categorical, Unbounded

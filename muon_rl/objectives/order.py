@@ -8,8 +8,9 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.objectives import LossModule
 
+from muon_rl.objectives.model_parts import MODEL_KEYS
+
 PRODUCERS = {"cmpo": "CMPOLoss", "unroll": "DynamicsLoss", "prior": "OneStepLookahead"}
-MODEL_KEYS = ("hidden_state", "value_pred", "logits", "loc", "scale", "reward_pred")
 
 
 def check_order(

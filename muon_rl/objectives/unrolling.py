@@ -10,11 +10,11 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
 from tensordict.utils import NestedKey, expand_right
 from torch import Tensor, nn
-from torchrl.data import Categorical, OneHot
 from torchrl.objectives import LossModule
 
 from muon_rl.choices import REDUCTIONS, check_choice
 from muon_rl.objectives.acting import loss_mask, per_step, required
+from muon_rl.objectives.model_parts import is_listed, model_of
 from muon_rl.objectives.windows import UnrollMasks, unroll_masks, unroll_targets, unroll_windows
 from muon_rl.unroll import unroll
 
@@ -68,9 +68,8 @@ class UnrollLoss(LossModule):
         reduction: none, mean or sum.
 
     Raises:
-        TypeError: if the model lacks a part.
-        KeyError: if a part of the model does not write what is read of it.
-        ValueError: if an option is out of its range.
+        TypeError: if ``world_model`` is none.
+        ValueError: if the model lacks what is read of it, or an option is out of its range.
     """
 
     @dataclass
@@ -107,8 +106,7 @@ class UnrollLoss(LossModule):
         reduction: str,
     ) -> None:
         super().__init__()
-        model: Any = getattr(world_model, "world_model", world_model)
-        self._check_model(model)
+        model = model_of(type(self).__name__, world_model, policy=True)
         code = getattr(model, "code", None)
         if scalar_loss is None:
             scalar_loss = "mse" if code is None else "two_hot"
@@ -127,37 +125,13 @@ class UnrollLoss(LossModule):
                 f"policy_horizon must be from 1 to unroll_steps={unroll_steps}, but is {horizon}."
             )
         self.convert_to_functional(model, "world_model", create_target_params=use_target_network)
-        self.discrete = "logits" in model.prediction.out_keys
+        self.discrete = is_listed(model)
         self.unroll_steps, self.policy_horizon = unroll_steps, horizon
         self.dynamics_grad_scale, self.scalar_loss = dynamics_grad_scale, scalar_loss
         self.use_target_network, self.reduction = use_target_network, reduction
 
     def _make_vmap(self) -> None:
         """Do nothing: no network runs under vmap."""
-
-    def _check_model(self, model: Any) -> None:
-        """Raise if the model cannot be unrolled, saying what it lacks."""
-        name = type(self).__name__
-        parts = ("representation", "dynamics", "prediction", "specs")
-        lacking = [part for part in parts if not hasattr(model, part)]
-        if lacking:
-            raise TypeError(
-                f"{name} needs a world model with {', '.join(parts)}, but {type(model).__name__} "
-                f"lacks {', '.join(lacking)}. Use muon_rl.modules.WorldModel, or a MuesliPolicy."
-            )
-        discrete = isinstance(model.specs.action, (Categorical, OneHot))
-        wanted: dict[str, list[NestedKey]] = {
-            "representation": ["hidden_state"],
-            "dynamics": [("next", "hidden_state"), "reward_pred"],
-            "prediction": ["value_pred", *(["logits"] if discrete else ["loc", "scale"])],
-        }
-        for part, keys in wanted.items():
-            for key in keys:
-                if key not in getattr(model, part).out_keys:
-                    raise KeyError(
-                        f"{name} reads {key!r} from the world model's {part}, which writes only "
-                        f"{getattr(model, part).out_keys}. Add it to that module's out_keys."
-                    )
 
     @property
     def _model_keys(self) -> list[NestedKey]:
