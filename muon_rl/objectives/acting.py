@@ -113,6 +113,16 @@ def value_taken(action_value: Tensor, action: Tensor) -> Tensor:
     )
 
 
+def next_key(key: NestedKey) -> NestedKey:
+    """Return the key of the same thing one step later.
+
+    Example:
+        >>> next_key("reward"), next_key(("cmpo", "log_prob"))
+        (('next', 'reward'), ('next', 'cmpo', 'log_prob'))
+    """
+    return ("next", key) if isinstance(key, str) else ("next", *key)
+
+
 def required(tensordict: TensorDictBase, key: NestedKey, remedy: str) -> Tensor:
     """Return what the data hold under a key.
 

@@ -21,7 +21,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import LossModule
 
 from muon_rl.choices import REDUCTIONS, check_choice
-from muon_rl.objectives.acting import loss_mask
+from muon_rl.objectives.acting import loss_mask, next_key
 from muon_rl.objectives.action_values import ActionValues, values_of_all, values_of_samples
 from muon_rl.objectives.divergences import DIVERGENCES
 from muon_rl.objectives.lookahead import PRIOR_ACTION_VALUE, PRIOR_STATE_VALUE
@@ -191,9 +191,10 @@ class CMPOLoss(LossModule):
 
     @property
     def written_keys(self) -> list[NestedKey]:
-        """What the loss may write into the data, here and under ``"next"``."""
+        """What the loss may write into the data, with ``next_targets`` under ``"next"`` too."""
         keys = self.tensor_keys
-        return [keys.cmpo_log_prob, keys.cmpo_action, keys.cmpo_weight]
+        written = [keys.cmpo_log_prob, keys.cmpo_action, keys.cmpo_weight]
+        return [*written, *(map(next_key, written) if self.next_targets else ())]
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torchrl.modules import TanhNormal
 
 from muon_rl.choices import check_choice
-from muon_rl.objectives.acting import required
+from muon_rl.objectives.acting import next_key, required
 from muon_rl.objectives.divergences import DIVERGENCES
-from muon_rl.objectives.unrolling import Slices, UnrollLoss, next_key
+from muon_rl.objectives.unrolling import Slices, UnrollLoss
 
 TARGETS = ("cmpo", "current")
 GAUSSIAN = ("loc", "scale")
@@ -68,7 +68,8 @@ class MuesliModelLoss(UnrollLoss):
         value_pred_coef: of the value's loss, where it unrolls for itself, dimensionless.
         reward_pred_coef: of the reward's loss, where it unrolls for itself, dimensionless.
         own_unroll: ``True`` unrolls for itself, ``False`` needs ``("unroll", ...)``, ``None`` takes
-            it where it is there; ``in_keys`` and ``out_keys`` of ``None`` are those of ``True``.
+            it where it is there; ``in_keys`` and ``out_keys`` of ``None`` are those of ``True``,
+            but in a :class:`~muon_rl.objectives.LossSequence`, which knows what is there.
         unroll_steps: K, >= 1; may exceed T. Not read where ``("unroll", ...)`` is.
         policy_horizon: K', in [1, K]; ``None``: K. An unroll of fewer steps in the data counts with
             those it has.
@@ -160,7 +161,7 @@ class MuesliModelLoss(UnrollLoss):
         self.policy_target, self.divergence = policy_target, divergence
         self.num_samples, self.own_unroll = num_samples, own_unroll
         if own_unroll is False:
-            self.out_keys = [key for key in self.out_keys if "policy" in key or "model" in key]
+            self.out_keys = self._returned(unrolls=False)
         for name, given in (
             ("policy_pred_coef", policy_pred_coef), ("value_pred_coef", value_pred_coef),
             ("reward_pred_coef", reward_pred_coef),
@@ -170,14 +171,32 @@ class MuesliModelLoss(UnrollLoss):
     @property
     def in_keys(self) -> list[NestedKey]:
         """What the loss reads; of what is under ``"next"`` only the reward and a flag must be."""
-        keys = self._data_keys
-        if self.own_unroll is False:
-            keys += [*self._unroll_keys, self.tensor_keys.unroll_mask]
+        return self._read(unrolls=self.own_unroll is not False)
+
+    def keys_after(self, written: Collection[NestedKey]) -> tuple[list[NestedKey], list[NestedKey]]:
+        """Return ``in_keys`` and ``out_keys`` where the data hold what other losses wrote.
+
+        Args:
+            written: their keys; with ``own_unroll=None`` they settle who unrolls.
+        """
+        there = all(unravel_key(key) in written for key in self._unroll_keys)
+        unrolls = not there if self.own_unroll is None else self.own_unroll
+        return self._read(unrolls=unrolls), self._returned(unrolls=unrolls)
+
+    def _read(self, *, unrolls: bool) -> list[NestedKey]:
+        names, current = self.tensor_keys, self.policy_target == "current"
+        keys = self._data_keys if unrolls or current else self._flag_keys
+        if unrolls:
+            keys = [*keys, names.value_target]
         else:
-            keys.append(self.tensor_keys.value_target)
-        if self.policy_target == "current":
+            keys = [key for key in keys if key != names.action]
+            keys += [*self._unroll_keys, names.unroll_mask]
+        if current:
             return keys
         return [*keys, *self._target_keys, *map(next_key, self._target_keys)]
+
+    def _returned(self, *, unrolls: bool) -> list[NestedKey]:
+        return [key for key in self.out_keys if unrolls or "policy" in key or "model" in key]
 
     @property
     def _target_keys(self) -> list[NestedKey]:

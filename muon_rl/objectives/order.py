@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
@@ -33,13 +33,17 @@ def check_order(
     written = {name: written_by(loss) for name, loss in losses.items()}
     terms: dict[NestedKey, str] = {}
     on = {name: loss for name, loss in losses.items() if enabled[name]}
+    before: set[NestedKey] = set()
+    ever: set[NestedKey] = set().union(*(written[name] for name in on))
     for name, loss in on.items():
-        for key in loss.out_keys:
+        required, returned = keys_after(loss, before)
+        for key in returned:
             if key in terms:
                 raise ValueError(twice(key, terms[key], name))
             terms[key] = name
-        required = read_by(loss)
-        for key in [*required, *_read_if_there(loss)]:
+        before |= written[name]
+        # What a later loss writes it might have read, and now makes for itself.
+        for key in dict.fromkeys([*required, *keys_after(loss, ever)[0]]):
             producers = [other for other in names if other != name and key in written[other]]
             able = [other for other in producers if other in on]
             if any(names.index(other) < names.index(name) for other in able):
@@ -67,11 +71,19 @@ def _check_outside(
     """Raise if a key that no loss writes is not one that the data hold."""
     role = _role(on[name], key)
     if role in PRODUCERS:
+        others = {other: written_by(loss) for other, loss in on.items() if other != name}
+        if key[0] == "next":
+            now = unravel_key(key[1:])
+            for other in (other for other in others if now in others[other]):
+                raise ValueError(
+                    f"{name!r} reads {key!r}, but {other!r} ({_kind(on[other])}) writes {now!r} "
+                    f"alone: build {other} with next_targets=True."
+                )
         alike = [
             f" {other!r} writes {their!r}: if that is it, rename one by set_keys()."
-            for other, loss in on.items()
-            for their in sorted(written_by(loss), key=str)
-            if other != name and _role(loss, their) == role
+            for other, keys in others.items()
+            for their in sorted(keys, key=str)
+            if _role(on[other], their) == role
         ]
         raise ValueError(
             f"{name!r} reads {key!r}, which no loss of the sequence writes. {PRODUCERS[role]} "
@@ -90,22 +102,24 @@ def _check_outside(
         )
 
 
-def read_by(loss: LossModule) -> list[NestedKey]:
-    """Return what a loss must find in the data."""
-    return [unravel_key(key) for key in loss.in_keys]
+def keys_after(
+    loss: LossModule, written: Collection[NestedKey]
+) -> tuple[list[NestedKey], list[NestedKey]]:
+    """Return what a loss must find in the data, and what it returns, after other losses.
 
-
-def _read_if_there(loss: LossModule) -> list[NestedKey]:
-    """Return what a loss would read of an unroll that another makes, and else makes for itself."""
-    own = written_by(loss)
-    named = [key for name, key in vars(loss.tensor_keys).items() if name.startswith("unroll_")]
-    return [key for key in map(unravel_key, named) if key not in own]
+    Args:
+        loss: whose own ``keys_after`` says so, if what it finds decides that; else ``in_keys`` and
+            ``out_keys`` do.
+        written: what the losses before it wrote.
+    """
+    own = getattr(loss, "keys_after", None)
+    reads, returns = (loss.in_keys, loss.out_keys) if own is None else own(written)
+    return [unravel_key(key) for key in reads], list(returns)
 
 
 def written_by(loss: LossModule) -> set[NestedKey]:
-    """Return what a loss writes into the data; under "next" it may write the same."""
-    keys = {unravel_key(key) for key in getattr(loss, "written_keys", ())}
-    return keys | {unravel_key(("next", key)) for key in keys if key[0] != "next"}
+    """Return what a loss may write into the data."""
+    return {unravel_key(key) for key in getattr(loss, "written_keys", ())}
 
 
 def _kind(loss: LossModule) -> str:

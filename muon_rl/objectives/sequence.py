@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
@@ -12,7 +12,7 @@ from torch import nn
 from torchrl.objectives import LossModule
 from torchrl.objectives.value import ValueEstimatorBase
 
-from muon_rl.objectives.order import check_order, read_by, twice, written_by
+from muon_rl.objectives.order import check_order, keys_after, twice, written_by
 
 
 class LossSequence(LossModule):
@@ -138,12 +138,7 @@ class LossSequence(LossModule):
     @property
     def in_keys(self) -> list[NestedKey]:
         """What the losses that are on read from the data."""
-        found: dict[NestedKey, None] = {}
-        within: set[NestedKey] = set()
-        for _, loss in self._on():
-            found.update(dict.fromkeys(key for key in read_by(loss) if key not in within))
-            within |= written_by(loss)
-        return list(found)
+        return self.keys_after(())[0]
 
     @property
     def written_keys(self) -> list[NestedKey]:
@@ -155,11 +150,27 @@ class LossSequence(LossModule):
         """The terms and metrics of the losses that are on."""
         if self._selected is not None:
             return self._selected
-        return [key for _, loss in self._on() for key in loss.out_keys]
+        return self.keys_after(())[1]
 
     @out_keys.setter
     def out_keys(self, keys: list[NestedKey]) -> None:
         self._selected = keys
+
+    def keys_after(self, written: Collection[NestedKey]) -> tuple[list[NestedKey], list[NestedKey]]:
+        """Return ``in_keys``, and what is returned, where the data hold what others wrote.
+
+        Args:
+            written: their keys.
+        """
+        reads: dict[NestedKey, None] = {}
+        returns: list[NestedKey] = []
+        within: set[NestedKey] = set()
+        for _, loss in self._on():
+            found, returned = keys_after(loss, within.union(written))
+            reads.update(dict.fromkeys(key for key in found if key not in within))
+            returns += returned
+            within |= written_by(loss)
+        return list(reads), returns
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from muon_rl.choices import REDUCTIONS, check_choice
-from muon_rl.objectives.acting import loss_mask, per_step, required
+from muon_rl.objectives.acting import loss_mask, next_key, per_step, required
 from muon_rl.objectives.model_parts import is_listed, model_of
 from muon_rl.objectives.windows import UnrollMasks, unroll_masks, unroll_targets, unroll_windows
 from muon_rl.unroll import unroll
@@ -24,11 +24,6 @@ VALUE_TARGET = (
 )
 COLLECTED = "A TorchRL collector writes it; name another key by set_keys()."
 SCALAR_LOSSES = ("two_hot", "mse")
-
-
-def next_key(key: NestedKey) -> NestedKey:
-    """Return the key of the same thing one step later."""
-    return ("next", key) if isinstance(key, str) else ("next", *key)
 
 
 class Slices(NamedTuple):
@@ -138,11 +133,17 @@ class UnrollLoss(LossModule):
         return list(self.world_model.representation.in_keys)
 
     @property
-    def _data_keys(self) -> list[NestedKey]:
-        """What is read of the data, whatever the loss: optional are flags and next observations."""
+    def _flag_keys(self) -> list[NestedKey]:
+        """What says where sequences end, of which one of the two flags is optional."""
         keys = self.tensor_keys
-        after = [keys.reward, keys.done, keys.terminated, *self._model_keys]
-        return list(dict.fromkeys([*self._model_keys, keys.action, *map(next_key, after)]))
+        return [next_key(key) for key in (keys.reward, keys.done, keys.terminated)]
+
+    @property
+    def _data_keys(self) -> list[NestedKey]:
+        """What an unroll reads of the data: optional are a flag and next observations."""
+        inputs = self._model_keys
+        nexts = map(next_key, inputs)
+        return list(dict.fromkeys([*inputs, self.tensor_keys.action, *self._flag_keys, *nexts]))
 
     def _slices(self, tensordict: TensorDictBase) -> Slices:
         keys = self.tensor_keys

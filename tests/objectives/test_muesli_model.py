@@ -259,6 +259,36 @@ def test_who_unrolls_can_be_settled():
     assert not [key for key in after.state_dict() if key.startswith("target_")]
 
 
+@pytest.mark.parametrize("kind", ["categorical", "box"])
+@pytest.mark.parametrize("target", ["cmpo", "current"])
+def test_one_that_does_not_unroll_reads_its_in_keys_and_each_of_them(kind, target):
+    torch.manual_seed(0)
+    data = end(sequences(2, 6, kind=kind), terminated=((0, 2),), truncated=((1, 3),))
+    loss = MuesliModelLoss(small_model(kind), own_unroll=False, policy_target=target)
+    DynamicsLoss(loss.world_model)(data)
+    data["unroll", "mask"][1, 0, 1] = False
+
+    def policy_loss(data: TensorDict):
+        torch.manual_seed(1)
+        flat = {
+            key if isinstance(key, str) else "_".join(key): data[key]
+            for key in loss.in_keys
+            if key in data.keys(True)
+        }
+        return dict(zip(loss.out_keys, loss(**flat), strict=True))["muesli_policy_loss"]
+
+    torch.manual_seed(1)
+    whole = loss(data.clone())
+    assert set(whole.keys()) == set(loss.out_keys)
+    assert_close(policy_loss(data), whole["muesli_policy_loss"])
+    for key in loss.in_keys:
+        try:
+            found = policy_loss(data.exclude(key))
+        except KeyError:
+            continue
+        assert not torch.equal(found, whole["muesli_policy_loss"]), key
+
+
 def test_the_mask_of_the_unroll_is_kept():
     data, far = six()
     loss = uniform(unroll_steps=1)

@@ -10,25 +10,18 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
-from torchrl.data import Categorical, Unbounded
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss, LossModule, SoftUpdate, ValueEstimators
 from torchrl.objectives.value import GAE
 
-from muon_rl.modules import MuesliPolicy, WorldModel
 from muon_rl.objectives import (
     CMPOLoss,
-    DynamicsLoss,
-    MuesliModelLoss,
     MuesliPolicyLoss,
-    OneStepLookahead,
 )
+from muon_rl.objectives.acting import next_key
 from muon_rl.objectives.sequence import LossSequence
 from muon_rl.optim import build_optimizer
 from muon_rl.optim.roles import network_roles, parameter_roles
-from muon_rl.specs import Specs
-
-SMALL = {"latent": 8, "hidden": (8,), "dynamics_hidden": (8,), "head_hidden": (8,)}
 
 
 class Fake(LossModule):
@@ -66,8 +59,14 @@ class Fake(LossModule):
 
 
 class CMPO(Fake):
-    def __init__(self, **options):
-        super().__init__("cmpo", writes=["cmpo_log_prob"], **options)
+    def __init__(self, *, next_targets=True):
+        super().__init__("cmpo", writes=["cmpo_log_prob"])
+        self.next_targets = next_targets
+
+    @property
+    def written_keys(self):
+        now = super().written_keys
+        return [*now, *(map(next_key, now) if self.next_targets else ())]
 
 
 class Unrolls(Fake):
@@ -80,13 +79,26 @@ class Unrolls(Fake):
 
 
 class Dynamics(Unrolls):
-    def __init__(self, **options):
-        super().__init__("dynamics", writes=["unroll_logits"], **options)
+    def __init__(self):
+        super().__init__("dynamics", writes=["unroll_logits"])
 
 
 class Model(Unrolls):
-    def __init__(self, **options):
-        super().__init__("model", reads=["cmpo_log_prob", "unroll_logits"], **options)
+    def __init__(self):
+        super().__init__("model", reads=["cmpo_log_prob", "unroll_logits"])
+
+
+class Alone(Unrolls):
+    """Reads an unroll where one is, and else the reward and returns a term more."""
+
+    def __init__(self):
+        super().__init__("model", reads=["cmpo_log_prob", "reward"], metrics=["entropy"])
+
+    def keys_after(self, written):
+        unroll = self.tensor_keys.unroll_logits
+        if unroll not in written:
+            return self.in_keys, self.out_keys
+        return ["observation", *self.named(["cmpo_log_prob"]), unroll], ["loss_model"]
 
 
 def td(*batch):
@@ -155,14 +167,43 @@ def test_a_producer_that_is_off_is_named():
 
 
 def test_a_loss_that_can_unroll_for_itself_stands_after_an_unroll_or_without_one():
-    def alone():
-        return Unrolls("model", reads=["cmpo_log_prob"])
+    losses = {"cmpo": CMPO(), "muesli_model": Alone()}
+    sequence = LossSequence(losses)
+    assert sequence.in_keys == ["observation", "reward"]
+    assert sequence.out_keys == ["loss_cmpo", "loss_model", "entropy"]
+    after = {**losses, "dynamics": Dynamics()}
+    with pytest.raises(ValueError, match=r"'logits'.* move dynamics before muesli_model"):
+        LossSequence(after)
+    assert LossSequence(after, enabled={"dynamics": False}).in_keys == ["observation", "reward"]
+    before = LossSequence({"dynamics": Dynamics(), **losses})
+    assert before.in_keys == ["observation"]
+    assert before.out_keys == ["loss_dynamics", "loss_cmpo", "loss_model"]
+    before.switch(dynamics=False)
+    assert before.in_keys == ["observation", "reward"]
+    # What comes from without counts too, and is read from there.
+    read, returned = before.keys_after([("unroll", "logits")])
+    assert read == ["observation", ("unroll", "logits")]
+    assert returned == ["loss_cmpo", "loss_model"]
+    # A name that is not returned is none that two could have.
+    metric = Fake("other", metrics=["entropy"])
+    LossSequence({"dynamics": Dynamics(), **losses, "other": metric})
+    with pytest.raises(ValueError, match="Both 'muesli_model' and 'other' return 'entropy'"):
+        LossSequence({**losses, "other": metric})
 
-    LossSequence({"cmpo": CMPO(), "muesli_model": alone()})
-    with pytest.raises(ValueError, match="move dynamics before muesli_model"):
-        LossSequence({"cmpo": CMPO(), "muesli_model": alone(), "dynamics": Dynamics()})
-    off = {"dynamics": False}
-    LossSequence({"cmpo": CMPO(), "muesli_model": alone(), "dynamics": Dynamics()}, enabled=off)
+
+def test_targets_of_the_next_state_that_are_not_written_are_missed():
+    ahead = ("next", "cmpo", "log_prob")
+    losses = {"cmpo": CMPO(next_targets=False), "reader": Fake("reader", reads=[ahead])}
+    message = (
+        r"'reader' reads \('next', 'cmpo', 'log_prob'\), but 'cmpo' \(CMPO\) writes "
+        r"\('cmpo', 'log_prob'\) alone: build cmpo with next_targets=True"
+    )
+    with pytest.raises(ValueError, match=message):
+        LossSequence(losses)
+    with pytest.raises(ValueError, match=r"no loss of the sequence writes\. CMPOLoss writes it"):
+        LossSequence(losses, enabled={"cmpo": False})
+    LossSequence({**losses, "cmpo": CMPO()})
+    LossSequence({**losses, "reader": Fake("reader", reads=["cmpo_log_prob"])})
 
 
 def test_renamed_keys_count():
@@ -467,51 +508,3 @@ def test_a_move_keeps_what_the_losses_share():
         update.step()
     one, other = (dict(losses[name].actor_network_params.items(True, True)) for name in losses)
     assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-# -- all four of Muesli's --------------------------------------------------------------------------
-
-
-def muesli(**options):
-    torch.manual_seed(0)
-    specs = Specs(Unbounded(4), Categorical(3))
-    policy = MuesliPolicy(WorldModel(specs, **SMALL))
-    losses = {
-        "policy": MuesliPolicyLoss(policy),
-        "cmpo": CMPOLoss(policy, OneStepLookahead(policy, gamma=0.9)),
-        "dynamics": DynamicsLoss(policy, unroll_steps=2),
-        "muesli_model": MuesliModelLoss(policy, unroll_steps=2),
-    }
-    return policy, losses
-
-
-def test_the_losses_of_muesli_are_one():
-    policy, losses = muesli()
-    updates = [SoftUpdate(loss, tau=0.1) for loss in losses.values()]
-    sequence = LossSequence(losses)
-    data = rollout(2, 5)
-    losses["policy"].value_estimator(data)
-    out = sequence(data)
-    assert {key for key in out.keys() if key.startswith("loss_")} == {  # noqa: SIM118
-        "loss_policy", "loss_value", "loss_cmpo", "loss_dynamics_reward", "loss_dynamics_returns",
-        "loss_muesli_policy",
-    }  # fmt: skip
-    before = {name: p.clone() for name, p in policy.named_parameters()}
-    roles = network_roles(sequence)
-    optimizer = build_optimizer(sequence, **{name: {"case": "adamw"} for name in roles})
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
-    for _ in range(2):
-        optimizer.zero_grad()
-        total(sequence(data)).backward()
-        optimizer.step()
-        for update in updates:
-            update.step()
-    assert not any(torch.equal(p, before[name]) for name, p in policy.named_parameters())
-    for order, first in (
-        (["muesli_model", "cmpo"], "cmpo"),
-        (["cmpo", "muesli_model", "dynamics"], "dynamics"),
-    ):
-        with pytest.raises(ValueError, match=f"move {first} before muesli_model"):
-            LossSequence({name: losses[name] for name in order})
-    with pytest.raises(ValueError, match=r"CMPOLoss writes it: put one before muesli_model"):
-        LossSequence({"muesli_model": losses["muesli_model"]})
