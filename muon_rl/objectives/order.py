@@ -34,7 +34,7 @@ def check_order(
     terms: dict[NestedKey, str] = {}
     on = {name: loss for name, loss in losses.items() if enabled[name]}
     before: set[NestedKey] = set()
-    ever: set[NestedKey] = set().union(*(written[name] for name in on))
+    ever: set[NestedKey] = set().union(*written.values())
     for name, loss in on.items():
         required, returned = keys_after(loss, before)
         for key in returned:

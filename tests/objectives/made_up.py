@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Bounded, Categorical, OneHot, Unbounded
+from torchrl.objectives import SoftUpdate
 
-from muon_rl.modules import WorldModel
+from muon_rl.modules import MuesliPolicy, WorldModel
+from muon_rl.objectives.unrolling import UnrollLoss
 from muon_rl.specs import Specs
 
 SMALL = {"latent": 8, "hidden": (8,), "dynamics_hidden": (8,), "head_hidden": (8,)}
@@ -72,6 +76,75 @@ def parts_with_gradient(loss: nn.Module) -> set[str]:
     }
     assert all(any(name in key for name in PARTS.values()) for key, _ in loss.named_parameters())
     return found
+
+
+class OfOneModel:
+    """What the suites of losses of one world model share, beside the contract of all.
+
+    Attributes:
+        loss: the class of the loss.
+        kind: of the actions.
+        model: options of the model.
+        options: of the loss.
+    """
+
+    loss: type[UnrollLoss]
+    kind = "categorical"
+    model: dict = {}  # noqa: RUF012
+    options: dict = {}  # noqa: RUF012
+
+    def make(self, **options) -> UnrollLoss:
+        torch.manual_seed(0)
+        loss = self.loss(small_model(self.kind, **self.model), **{**self.options, **options})
+        SoftUpdate(loss, tau=0.5)
+        for p in loss.parameters():
+            p.data.add_(0.1 * torch.randn_like(p))
+        return loss
+
+    def make_shared(self) -> UnrollLoss:
+        return self.loss(MuesliPolicy(small_model(self.kind, **self.model)), **self.options)
+
+    def data(self, *batch: int) -> TensorDict:
+        return sequences(*batch, kind=self.kind)
+
+    def test_each_loss_reaches_its_own_networks_only(self):
+        """One network, of which each loss reaches three parts."""
+        loss = self.make()
+        out = self.run(loss, self.data(4))
+        assert {key for key in out.keys() if key.startswith("loss_")} == set(self.reaches)  # noqa: SIM118
+        for term, parts in self.reaches.items():
+            loss.zero_grad()
+            out[term].backward(retain_graph=True)
+            assert parts_with_gradient(loss) == parts
+        assert not any(b.requires_grad for b in loss.buffers())
+
+
+def steps_ahead(model: WorldModel, data: TensorDict, steps: int):
+    """Unroll a model from each state, one step at a time, to the end of its episode.
+
+    Yields:
+        Of each step what the model says, the transition, and the one after it: ``None`` where the
+        sequence breaks off.
+    """
+    batch, length = data.shape
+    for b, t in itertools.product(range(batch), range(length)):
+        state = model.encode(data[b, t].select("observation"))["hidden_state"]
+        for now in range(t, min(t + steps, length)):
+            step = data[b, now]
+            out = model.step(state, step["action"])
+            state = out["hidden_state"]
+            broken = step["next", "done"] or now == length - 1
+            yield out.update(model.predict(state)), step, None if broken else data[b, now + 1]
+            if broken:
+                break
+
+
+def line(now: dict, after: dict, *, terminated: tuple = (), truncated: tuple = ()) -> TensorDict:
+    """Return six steps of action 0 with these entries, and with these ends."""
+    flags = {key: torch.zeros(6, 1, dtype=torch.bool) for key in ("done", "terminated")}
+    action = torch.zeros(6, dtype=torch.int64)
+    data = TensorDict({**now, "action": action, "next": {**after, **flags}}, [6])
+    return end(data, terminated=terminated, truncated=truncated)
 
 
 class Table(nn.Module):
@@ -180,6 +253,21 @@ class Toy:
             model.prediction.module.value.copy_(code(self.value))
             model.prediction.module.policy[:3] = self.policy.log()
         return model
+
+    def learned(self, kind: type[UnrollLoss], lr: float) -> list[TensorDict]:
+        """Return what a loss says of a model at random, and of one that it has trained."""
+        specs = Specs(Unbounded(4), Categorical(2))
+        loss = kind(WorldModel(specs, latent=32, bins=None), unroll_steps=3)
+        targets, optimizer = SoftUpdate(loss, tau=0.1), torch.optim.Adam(loss.parameters(), lr)
+        test = self.data(64, 8, 5)
+        outs = [loss(test.clone())]
+        for _ in range(300):
+            out = loss(self.data(16, 8, 5))
+            optimizer.zero_grad()
+            sum(value for key, value in out.items() if key.startswith("loss_")).backward()
+            optimizer.step()
+            targets.step()
+        return [*outs, loss(test.clone())]
 
     @staticmethod
     def coded(bins: nn.Module):

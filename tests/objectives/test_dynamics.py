@@ -5,24 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 from loss_contract import LossContract
-from made_up import Table, Toy, end, parts_with_gradient, sequences, small_model
+from made_up import (
+    OfOneModel,
+    Table,
+    Toy,
+    end,
+    line,
+    parts_with_gradient,
+    sequences,
+    small_model,
+    steps_ahead,
+)
 from tensordict import TensorDict
 from torch.testing import assert_close
-from torchrl.data import Categorical, Unbounded
-from torchrl.objectives import SoftUpdate
 
-from muon_rl.modules import MuesliPolicy, SignedHyperbolicTwoHot, WorldModel
+from muon_rl.modules import SignedHyperbolicTwoHot
 from muon_rl.objectives import DynamicsLoss
-from muon_rl.specs import Specs
 from muon_rl.unroll import unroll
 
 UNROLL = [("unroll", key) for key in ("value", "reward", "mask")]
 
 
-class DynamicsContract(LossContract):
-    kind = "categorical"
+class DynamicsContract(OfOneModel, LossContract):
+    loss = DynamicsLoss
     policy: tuple = ("logits",)
-    options: dict = {}  # noqa: RUF012
     reaches = {  # noqa: RUF012
         "loss_dynamics_reward": {"encoder", "transition", "reward"},
         "loss_dynamics_returns": {"encoder", "transition", "value"},
@@ -37,30 +43,8 @@ class DynamicsContract(LossContract):
         "returns_pred_coef": "loss_dynamics_returns", "reward_pred_coef": "loss_dynamics_reward",
     }  # fmt: skip
 
-    def make(self, **options):
-        torch.manual_seed(0)
-        loss = DynamicsLoss(small_model(self.kind, **self.options), **options)
-        SoftUpdate(loss, tau=0.5)
-        for p in loss.parameters():
-            p.data.add_(0.1 * torch.randn_like(p))
-        return loss
-
-    def make_shared(self):
-        return DynamicsLoss(MuesliPolicy(small_model(self.kind, **self.options)))
-
     def data(self, *batch):
-        return sequences(*batch, kind=self.kind).exclude("cmpo", ("next", "cmpo"))
-
-    def test_each_loss_reaches_its_own_networks_only(self):
-        """One network, of which each loss reaches three parts."""
-        loss = self.make()
-        out = self.run(loss, self.data(4))
-        assert {key for key in out.keys() if key.startswith("loss_")} == set(self.reaches)  # noqa: SIM118
-        for term, parts in self.reaches.items():
-            loss.zero_grad()
-            out[term].backward(retain_graph=True)
-            assert parts_with_gradient(loss) == parts
-        assert not any(b.requires_grad for b in loss.buffers())
+        return super().data(*batch).exclude("cmpo", ("next", "cmpo"))
 
     def test_the_data_stay_as_they_are(self):
         """But for the unroll, whose policies are to be trained with their gradient."""
@@ -85,41 +69,28 @@ class DynamicsContract(LossContract):
         data = end(self.data(2, 7), terminated=((0, 2), (1, 0)), truncated=((0, 4), (1, 3)))
         if not seen:
             data = data.exclude(("next", "observation"))
-        model = loss.world_model
-        code = model.code
+        model, code = loss.world_model, loss.world_model.code
         rewards, values = [], []
-        for b in range(2):
-            for t in range(7):
-                state = model.encode(data[b, t].select("observation"))["hidden_state"]
-                for k in range(1, steps + 1):
-                    now = t + k - 1
-                    if now >= 7:
-                        break
-                    step = data[b, now]
-                    out = model.step(state, step["action"])
-                    state = out["hidden_state"]
-                    out.update(model.predict(state))
-                    target = None
-                    if step["next", "terminated"]:
-                        target = torch.zeros(())
-                    elif not step["next", "done"] and now < 6:
-                        target = data[b, now + 1]["value_target"].squeeze()
-                    elif seen:
-                        with loss.target_world_model_params.to_module(model):
-                            hidden = model.encode(step["next"].select("observation"))
-                            target = model.predict(hidden["hidden_state"])["value_pred"].squeeze()
-                    for name, found, wanted in (
-                        ("reward", rewards, step["next", "reward"].squeeze()),
-                        ("value", values, target),
-                    ):
-                        if wanted is None:
-                            continue
-                        if code is None:
-                            found.append((out[f"{name}_pred"].squeeze() - wanted) ** 2)
-                        else:
-                            found.append(code.loss(out[f"{name}_logits"], wanted))
-                    if step["next", "done"]:
-                        break
+        for out, step, following in steps_ahead(model, data, steps):
+            target = None
+            if step["next", "terminated"]:
+                target = torch.zeros(())
+            elif following is not None:
+                target = following["value_target"].squeeze()
+            elif seen:
+                with loss.target_world_model_params.to_module(model):
+                    hidden = model.encode(step["next"].select("observation"))["hidden_state"]
+                    target = model.predict(hidden)["value_pred"].squeeze()
+            for name, found, wanted in (
+                ("reward", rewards, step["next", "reward"].squeeze()),
+                ("value", values, target),
+            ):
+                if wanted is None:
+                    continue
+                if code is None:
+                    found.append((out[f"{name}_pred"].squeeze() - wanted) ** 2)
+                else:
+                    found.append(code.loss(out[f"{name}_logits"], wanted))
         out = self.run(loss, data)
         if not values:
             values = [torch.zeros(())]
@@ -136,7 +107,7 @@ class TestTwoHot(DynamicsContract):
 
 class TestSquaredError(DynamicsContract):
     kind = "one-hot"
-    options = {"bins": None}  # noqa: RUF012
+    model = {"bins": None}  # noqa: RUF012
 
 
 class TestContinuous(DynamicsContract):
@@ -154,18 +125,9 @@ def zeros(target: float = 0.0, **options) -> DynamicsLoss:
 def counted(*, terminated: tuple = (), truncated: tuple = ()) -> TensorDict:
     """Return six steps: rewards 1 to 6, the state t of value 10 t and observation 10 t."""
     steps = torch.arange(6.0).unsqueeze(-1)
-    data = TensorDict(
-        {
-            "observation": 10 * steps, "value_target": 10 * steps,
-            "action": torch.zeros(6, dtype=torch.int64),
-            "next": {
-                "observation": 10 * (steps + 1), "reward": steps + 1,
-                **{key: torch.zeros(6, 1, dtype=torch.bool) for key in ("done", "terminated")},
-            },
-        },
-        [6],
-    )  # fmt: skip
-    return end(data, terminated=terminated, truncated=truncated)
+    now = {"observation": 10 * steps, "value_target": 10 * steps}
+    after = {"observation": 10 * (steps + 1), "reward": steps + 1}
+    return line(now, after, terminated=terminated, truncated=truncated)
 
 
 def test_the_reward_of_step_k_is_that_of_transition_t_plus_k_minus_1():
@@ -263,19 +225,7 @@ def test_the_exact_model_of_a_toy_is_the_minimum(bins, limit):
 
 def test_training_from_random_init_learns_the_toy():
     torch.manual_seed(0)
-    toy = Toy()
-    specs = Specs(Unbounded(4), Categorical(2))
-    loss = DynamicsLoss(WorldModel(specs, latent=32, bins=None), unroll_steps=3)
-    targets, optimizer = SoftUpdate(loss, tau=0.1), torch.optim.Adam(loss.parameters(), 2e-3)
-    test = toy.data(64, 8, 5)
-    before = loss(test.clone())
-    for _ in range(300):
-        out = loss(toy.data(16, 8, 5))
-        optimizer.zero_grad()
-        sum(out[term] for term in DynamicsContract.reaches).backward()
-        optimizer.step()
-        targets.step()
-    after = loss(test.clone())
+    before, after = Toy().learned(DynamicsLoss, 2e-3)
     for key in ("dynamics_reward_loss", "dynamics_returns_loss"):
         assert after[key] < 0.03 * before[key]
 

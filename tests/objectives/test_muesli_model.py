@@ -7,25 +7,21 @@ import math
 import pytest
 import torch
 from loss_contract import LossContract
-from made_up import Table, Toy, end, parts_with_gradient, sequences, small_model
+from made_up import OfOneModel, Table, Toy, end, line, sequences, small_model, steps_ahead
 from tensordict import TensorDict
 from torch.testing import assert_close
-from torchrl.data import Categorical, Unbounded
 from torchrl.modules import TanhNormal
-from torchrl.objectives import SoftUpdate
 
-from muon_rl.modules import MuesliPolicy, SignedHyperbolicTwoHot, WorldModel
+from muon_rl.modules import MuesliPolicy, SignedHyperbolicTwoHot
 from muon_rl.objectives import CMPOLoss, DynamicsLoss, MuesliModelLoss, OneStepLookahead
-from muon_rl.specs import Specs
 
 TERMS = ("loss_muesli_policy", "loss_muesli_value", "loss_muesli_reward")
 
 
-class MuesliContract(LossContract):
+class MuesliContract(OfOneModel, LossContract):
     """Where it unrolls for itself."""
 
-    kind = "categorical"
-    options: dict = {}  # noqa: RUF012
+    loss = MuesliModelLoss
     reaches = {  # noqa: RUF012
         "loss_muesli_policy": {"encoder", "transition", "policy"},
         "loss_muesli_value": {"encoder", "transition", "value"},
@@ -39,31 +35,6 @@ class MuesliContract(LossContract):
         "policy_pred_coef": "loss_muesli_policy", "value_pred_coef": "loss_muesli_value",
         "reward_pred_coef": "loss_muesli_reward",
     }  # fmt: skip
-
-    def make(self, **options):
-        torch.manual_seed(0)
-        loss = MuesliModelLoss(small_model(self.kind), **{**self.options, **options})
-        SoftUpdate(loss, tau=0.5)
-        for p in loss.parameters():
-            p.data.add_(0.1 * torch.randn_like(p))
-        return loss
-
-    def make_shared(self):
-        return MuesliModelLoss(MuesliPolicy(small_model(self.kind)), **self.options)
-
-    def data(self, *batch):
-        return sequences(*batch, kind=self.kind)
-
-    def test_each_loss_reaches_its_own_networks_only(self):
-        """One network, of which each loss reaches three parts."""
-        loss = self.make()
-        out = self.run(loss, self.data(4))
-        assert {key for key in out.keys() if key.startswith("loss_")} == set(self.reaches)  # noqa: SIM118
-        for term, parts in self.reaches.items():
-            loss.zero_grad()
-            out[term].backward(retain_graph=True)
-            assert parts_with_gradient(loss) == parts
-        assert not any(b.requires_grad for b in loss.buffers())
 
     def divergence(self, loss: MuesliModelLoss, target: TensorDict, out: TensorDict):
         """Return that of one state's target and one prediction."""
@@ -79,19 +50,11 @@ class MuesliContract(LossContract):
         if not seen:
             data = data.exclude(("next", "cmpo"), ("next", "observation"))
         model, found = loss.world_model, []
-        for b in range(2):
-            for t in range(7):
-                state = model.encode(data[b, t].select("observation"))["hidden_state"]
-                for now in range(t, min(t + horizon, 7)):
-                    step = data[b, now]
-                    state = model.step(state, step["action"])["hidden_state"]
-                    broken = step["next", "done"] or now == 6
-                    if not step["next", "terminated"] and (seen or not broken):
-                        target = step["next"] if broken else data[b, now + 1]
-                        out = model.predict(state)
-                        found.append(self.divergence(loss, target, out))
-                    if broken:
-                        break
+        for out, step, following in steps_ahead(model, data, horizon):
+            if following is None and seen and not step["next", "terminated"]:
+                following = step["next"]
+            if following is not None:
+                found.append(self.divergence(loss, following, out))
         out = self.run(loss, data)
         policy = torch.stack(found).mean()
         assert_close(out["muesli_policy_loss"], policy.detach())
@@ -168,18 +131,9 @@ def six(*, terminated: tuple = (), truncated: tuple = ()) -> tuple[TensorDict, l
     targets = torch.stack([p, 1 - p], -1).log()
     far = [math.log(2) + float((t.exp() * t).sum()) for t in targets]
     zero = torch.zeros(6, 1)
-    data = TensorDict(
-        {
-            "observation": zero, "value_target": zero, "cmpo": {"log_prob": targets[:6]},
-            "action": torch.zeros(6, dtype=torch.int64),
-            "next": {
-                "observation": zero, "reward": zero, "cmpo": {"log_prob": targets[1:]},
-                **{key: torch.zeros(6, 1, dtype=torch.bool) for key in ("done", "terminated")},
-            },
-        },
-        [6],
-    )  # fmt: skip
-    return end(data, terminated=terminated, truncated=truncated), far
+    now = {"observation": zero, "value_target": zero, "cmpo": {"log_prob": targets[:6]}}
+    after = {"observation": zero, "reward": zero, "cmpo": {"log_prob": targets[1:]}}
+    return line(now, after, terminated=terminated, truncated=truncated), far
 
 
 @pytest.mark.parametrize("ahead", [True, False])
@@ -384,19 +338,7 @@ def test_the_exact_model_of_a_toy_is_the_minimum(bins):
 
 def test_training_from_random_init_learns_the_toy():
     torch.manual_seed(0)
-    toy = Toy()
-    specs = Specs(Unbounded(4), Categorical(2))
-    loss = MuesliModelLoss(WorldModel(specs, latent=32, bins=None), unroll_steps=3)
-    targets, optimizer = SoftUpdate(loss, tau=0.1), torch.optim.Adam(loss.parameters(), 3e-3)
-    test = toy.data(64, 8, 5)
-    before = loss(test.clone())
-    for _ in range(300):
-        out = loss(toy.data(16, 8, 5))
-        optimizer.zero_grad()
-        sum(out[term] for term in TERMS).backward()
-        optimizer.step()
-        targets.step()
-    after = loss(test.clone())
+    before, after = Toy().learned(MuesliModelLoss, 3e-3)
     for key in ("muesli_policy_loss", "muesli_value_loss", "muesli_reward_loss"):
         assert after[key] < 0.03 * before[key]
 
