@@ -83,7 +83,7 @@ def _check_outside(
             f" {other!r} writes {their!r}: if that is it, rename one by set_keys()."
             for other, keys in others.items()
             for their in sorted(keys, key=str)
-            if _role(on[other], their) == role
+            if (their[0] == "next") == (key[0] == "next") and _role(on[other], their) == role
         ]
         raise ValueError(
             f"{name!r} reads {key!r}, which no loss of the sequence writes. {PRODUCERS[role]} "

@@ -1,288 +1,23 @@
-"""A sequence of losses: order by keys, switches, and the same numbers as by hand."""
+"""A sequence of losses: the same numbers as by hand, and what goes to all of them."""
 
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
 
 import pytest
 import torch
+from made_up_losses import fakes
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.modules import ProbabilisticActor, ValueOperator
-from torchrl.objectives import ClipPPOLoss, LossModule, SoftUpdate, ValueEstimators
+from torchrl.objectives import ClipPPOLoss, SoftUpdate, ValueEstimators
 from torchrl.objectives.value import GAE
 
-from muon_rl.objectives import (
-    CMPOLoss,
-    MuesliPolicyLoss,
-)
-from muon_rl.objectives.acting import next_key
+from muon_rl.objectives import CMPOLoss, MuesliPolicyLoss
 from muon_rl.objectives.sequence import LossSequence
 from muon_rl.optim import build_optimizer
 from muon_rl.optim.roles import network_roles, parameter_roles
-
-
-class Fake(LossModule):
-    """Reads and writes what it is told, and adds the mean of the data to a parameter."""
-
-    @dataclass
-    class _AcceptedKeys:
-        cmpo_log_prob: tuple = ("cmpo", "log_prob")
-
-    default_keys = _AcceptedKeys
-
-    def __init__(self, term, reads=(), writes=(), metrics=()):
-        super().__init__()
-        self.term, self.reads, self.writes = term, reads, writes
-        self.out_keys = [f"loss_{term}", *metrics]
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def named(self, names):
-        return [vars(self.tensor_keys).get(name, name) for name in names]
-
-    @property
-    def in_keys(self):
-        return ["observation", *self.named(self.reads)]
-
-    @property
-    def written_keys(self):
-        return self.named(self.writes)
-
-    def forward(self, tensordict):
-        total = sum(tensordict.get(key).mean() for key in self.in_keys)
-        for key in self.written_keys:
-            tensordict.set(key, tensordict["observation"] + 1.0)
-        out = {key: total.detach() for key in self.out_keys}
-        return TensorDict({**out, f"loss_{self.term}": self.weight * total}, [])
-
-
-class CMPO(Fake):
-    def __init__(self, *, next_targets=True):
-        super().__init__("cmpo", writes=["cmpo_log_prob"])
-        self.next_targets = next_targets
-
-    @property
-    def written_keys(self):
-        now = super().written_keys
-        return [*now, *(map(next_key, now) if self.next_targets else ())]
-
-
-class Unrolls(Fake):
-    @dataclass
-    class _AcceptedKeys(Fake._AcceptedKeys):
-        cmpo_log_prob: tuple = ("cmpo", "log_prob")
-        unroll_logits: tuple = ("unroll", "logits")
-
-    default_keys = _AcceptedKeys
-
-
-class Dynamics(Unrolls):
-    def __init__(self):
-        super().__init__("dynamics", writes=["unroll_logits"])
-
-
-class Model(Unrolls):
-    def __init__(self):
-        super().__init__("model", reads=["cmpo_log_prob", "unroll_logits"])
-
-
-class Alone(Unrolls):
-    """Reads an unroll where one is, and else the reward and returns a term more."""
-
-    def __init__(self):
-        super().__init__("model", reads=["cmpo_log_prob", "reward"], metrics=["entropy"])
-
-    def keys_after(self, written):
-        unroll = self.tensor_keys.unroll_logits
-        if unroll not in written:
-            return self.in_keys, self.out_keys
-        return ["observation", *self.named(["cmpo_log_prob"]), unroll], ["loss_model"]
-
-
-def td(*batch):
-    torch.manual_seed(3)
-    return TensorDict(observation=torch.randn(*batch, 4), batch_size=batch)
-
-
-RIGHT = ["cmpo", "dynamics", "muesli_model"]
-
-
-def fakes(*names):
-    made = {"cmpo": CMPO, "dynamics": Dynamics, "muesli_model": Model}
-    return {name: made[name]() for name in names}
-
-
-@pytest.mark.parametrize("order", [RIGHT, ["dynamics", "cmpo", "muesli_model"]])
-def test_the_right_orders_run(order):
-    sequence = LossSequence(fakes(*order))
-    out = sequence(td(5))
-    assert set(out.keys()) == {"loss_cmpo", "loss_dynamics", "loss_model"} == set(sequence.out_keys)
-    assert sequence.in_keys == ["observation"]
-    assert all(value.requires_grad for value in out.values())
-
-
-@pytest.mark.parametrize(
-    ("order", "key", "first"),
-    [
-        (["muesli_model", "cmpo", "dynamics"], r"\('cmpo', 'log_prob'\)", "cmpo"),
-        (["dynamics", "muesli_model", "cmpo"], r"\('cmpo', 'log_prob'\)", "cmpo"),
-        (["cmpo", "muesli_model", "dynamics"], r"\('unroll', 'logits'\)", "dynamics"),
-    ],
-)
-def test_each_wrong_order_is_refused(order, key, first):
-    message = rf"'muesli_model' reads {key}, which '{first}' .* writes later: move {first} before"
-    with pytest.raises(ValueError, match=message):
-        LossSequence(fakes(*order))
-
-
-@pytest.mark.parametrize(
-    ("order", "key", "producer"),
-    [
-        (["dynamics", "muesli_model"], r"\('cmpo', 'log_prob'\)", "CMPOLoss"),
-        (["cmpo", "muesli_model"], r"\('unroll', 'logits'\)", "DynamicsLoss"),
-    ],
-)
-def test_a_missing_producer_is_named(order, key, producer):
-    message = rf"{key}, which no loss .* writes\. {producer} writes it: put one before muesli_model"
-    with pytest.raises(ValueError, match=message):
-        LossSequence(fakes(*order))
-
-
-def test_a_producer_that_is_off_is_named():
-    message = r"'cmpo' \(CMPO\) writes, but that is off: switch cmpo on, or muesli_model off"
-    with pytest.raises(ValueError, match=message):
-        LossSequence(fakes(*RIGHT), enabled={"cmpo": False})
-    sequence = LossSequence(fakes(*RIGHT))
-    with pytest.raises(ValueError, match=message):
-        sequence.switch(cmpo=False)
-    assert sequence.enabled == dict.fromkeys(RIGHT, True)
-    sequence.switch(cmpo=False, muesli_model=False)
-    assert set(sequence(td(5)).keys()) == {"loss_dynamics"} == set(sequence.out_keys)
-    sequence.switch(cmpo=True, muesli_model=True)
-    assert len(sequence(td(5)).keys()) == 3
-    sequence.enabled["cmpo"] = False
-    assert sequence.enabled["cmpo"]
-
-
-def test_a_loss_that_can_unroll_for_itself_stands_after_an_unroll_or_without_one():
-    losses = {"cmpo": CMPO(), "muesli_model": Alone()}
-    sequence = LossSequence(losses)
-    assert sequence.in_keys == ["observation", "reward"]
-    assert sequence.out_keys == ["loss_cmpo", "loss_model", "entropy"]
-    after = {**losses, "dynamics": Dynamics()}
-    with pytest.raises(ValueError, match=r"'logits'.* move dynamics before muesli_model"):
-        LossSequence(after)
-    assert LossSequence(after, enabled={"dynamics": False}).in_keys == ["observation", "reward"]
-    before = LossSequence({"dynamics": Dynamics(), **losses})
-    assert before.in_keys == ["observation"]
-    assert before.out_keys == ["loss_dynamics", "loss_cmpo", "loss_model"]
-    before.switch(dynamics=False)
-    assert before.in_keys == ["observation", "reward"]
-    # What comes from without counts too, and is read from there.
-    read, returned = before.keys_after([("unroll", "logits")])
-    assert read == ["observation", ("unroll", "logits")]
-    assert returned == ["loss_cmpo", "loss_model"]
-    # A name that is not returned is none that two could have.
-    metric = Fake("other", metrics=["entropy"])
-    LossSequence({"dynamics": Dynamics(), **losses, "other": metric})
-    with pytest.raises(ValueError, match="Both 'muesli_model' and 'other' return 'entropy'"):
-        LossSequence({**losses, "other": metric})
-
-
-def test_targets_of_the_next_state_that_are_not_written_are_missed():
-    ahead = ("next", "cmpo", "log_prob")
-    losses = {"cmpo": CMPO(next_targets=False), "reader": Fake("reader", reads=[ahead])}
-    message = (
-        r"'reader' reads \('next', 'cmpo', 'log_prob'\), but 'cmpo' \(CMPO\) writes "
-        r"\('cmpo', 'log_prob'\) alone: build cmpo with next_targets=True"
-    )
-    with pytest.raises(ValueError, match=message):
-        LossSequence(losses)
-    with pytest.raises(ValueError, match=r"no loss of the sequence writes\. CMPOLoss writes it"):
-        LossSequence(losses, enabled={"cmpo": False})
-    LossSequence({**losses, "cmpo": CMPO()})
-    LossSequence({**losses, "reader": Fake("reader", reads=["cmpo_log_prob"])})
-
-
-def test_renamed_keys_count():
-    losses = fakes(*RIGHT)
-    losses["cmpo"].set_keys(cmpo_log_prob=("my", "target"))
-    message = r"CMPOLoss writes it.*'cmpo' writes \('my', 'target'\).*set_keys"
-    with pytest.raises(ValueError, match=message):
-        LossSequence(losses)
-    losses["muesli_model"].set_keys(cmpo_log_prob=("my", "target"))
-    sequence = LossSequence(losses)
-    data = td(5)
-    sequence(data)
-    assert data.get(("my", "target"), None) is not None
-    assert data.get("cmpo", None) is None
-    with pytest.raises(ValueError, match=r"reads \('my', 'target'\).*move cmpo before"):
-        LossSequence({name: losses[name] for name in reversed(losses)})
-    sequence.set_keys(cmpo_log_prob=("yours", "target"))
-    assert {loss.tensor_keys.cmpo_log_prob for loss in losses.values()} == {("yours", "target")}
-    losses["cmpo"].set_keys(cmpo_log_prob="lost")
-    with pytest.raises(ValueError, match="no loss of the sequence writes"):
-        sequence.check()
-    with pytest.raises(ValueError, match="nonsense is not an accepted tensordict key of any"):
-        sequence.set_keys(nonsense="a")
-
-
-def test_what_the_data_hold_are_the_in_keys():
-    reader = Fake("reader", reads=["reward", "cmpo_log_prob", ("next", "cmpo", "log_prob")])
-    sequence = LossSequence({"cmpo": CMPO(), "reader": reader})
-    assert sequence.in_keys == ["observation", "reward"]
-    sequence.switch(reader=False)
-    assert sequence.in_keys == ["observation"]
-
-
-@pytest.mark.parametrize("key", ["hidden_state", "value_pred", "logits", "scale", "reward_pred"])
-def test_a_policy_that_lacks_a_key_of_the_world_model_is_refused(key):
-    actor = TensorDictModule(nn.Linear(4, 2), ["observation"], ["action"])
-    losses = {"reader": Fake("reader", reads=[key])}
-    with pytest.raises(
-        ValueError, match=rf"'reader' reads '{key}'.*WorldModel.*before reader reads"
-    ):
-        LossSequence(losses, policy=actor)
-    able = TensorDictModule(nn.Linear(4, 2), ["observation"], [key])
-    assert key in LossSequence(losses, policy=able).in_keys
-    LossSequence(losses)  # by whom the data were made is not known
-    losses["reader"].__dict__["actor_network"] = actor
-    with pytest.raises(ValueError, match="neither a loss nor the policy writes"):
-        LossSequence(losses)
-    writer = Fake("writer", writes=[key])
-    LossSequence({"writer": writer, **losses})
-
-
-def test_two_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="Both 'one' and 'two' return 'loss_same'"):
-        LossSequence({"one": Fake("same"), "two": Fake("same")})
-    pair = {"one": Fake("a", metrics=["entropy"]), "two": Fake("b", metrics=["entropy"])}
-    with pytest.raises(ValueError, match="Both 'one' and 'two' return 'entropy'"):
-        LossSequence(pair)
-    sequence = LossSequence(pair, enabled={"two": False})
-    with pytest.raises(ValueError, match="'entropy'"):
-        sequence.switch(two=True)
-    pair["two"].out_keys = ["loss_b"]  # as TorchRL's PPO, which does not say all
-    sequence.switch(two=True)
-    pair["two"].forward = lambda tensordict: TensorDict(entropy=torch.zeros(()))
-    with pytest.raises(ValueError, match="Both 'one' and 'two' return 'entropy'"):
-        sequence(td(2))
-
-
-def test_mistakes_in_names_are_refused():
-    with pytest.raises(ValueError, match="at least one loss, but has none"):
-        LossSequence({})
-    with pytest.raises(ValueError, match="No loss is named cmop; there are cmpo, dynamics"):
-        LossSequence(fakes("cmpo", "dynamics"), enabled={"cmop": False})
-    with pytest.raises(ValueError, match="all are off"):
-        LossSequence(fakes("cmpo"), enabled={"cmpo": False})
-    with pytest.raises(TypeError, match="'net' is a Linear"):
-        LossSequence({"net": nn.Linear(2, 2)})
-
-
-# -- with real losses ------------------------------------------------------------------------------
 
 
 def networks(*, trunk: bool = False):
@@ -451,6 +186,27 @@ def test_it_runs_without_a_tensordict_on_several_axes():
     sequence(**flat).backward()
 
 
+def test_only_a_batch_without_a_size_is_given_one():
+    """By name, TorchRL's dispatch knows of none; what the caller has chosen stays."""
+    sequence = LossSequence(fakes("cmpo"))
+    for batch in ([], [2], [2, 5]):
+        flags = {"done": torch.zeros(2, 5, 1, dtype=torch.bool)}
+        data = TensorDict({"observation": torch.randn(2, 5, 4), "next": flags}, batch)
+        sequence(data)
+        assert data.batch_size == torch.Size(batch or [2, 5])
+    data = TensorDict({"observation": torch.randn(2, 5, 4)})
+    sequence(data)
+    assert data.batch_size == ()
+
+
+def test_a_policy_is_no_part_of_the_loss():
+    policy = TensorDictModule(nn.Linear(4, 2), ["observation"], ["action"])
+    sequence = LossSequence(fakes("cmpo"), policy=policy)
+    assert sequence.policy is policy
+    assert len(list(sequence.parameters())) == 1
+    assert not any("policy" in key for key in sequence.state_dict())
+
+
 def test_value_estimators_go_to_those_that_estimate():
     losses = real(ClipPPOLoss)
     sequence = LossSequence(losses)
@@ -491,6 +247,7 @@ def test_masks_and_resets_go_to_all():
     assert not any(torch.equal(p, b) for p, b in zip(sequence.parameters(), before, strict=True))
     sequence.loss_mask_key = None
     sequence.set_vmap_randomness("different")
+    assert {loss.vmap_randomness for loss in losses.values()} == {"different"}
     assert all(value.isfinite() for value in sequence(data).values())
 
 
