@@ -42,7 +42,7 @@ class OneStepLookahead(TensorDictModuleBase):
         num_samples: N of the actions that it samples itself.
 
     Raises:
-        TypeError: if ``world_model`` is none.
+        TypeError: if ``world_model`` is no world model.
         ValueError: if the model lacks what is read of it, or ``gamma`` or ``num_samples`` is out
             of its range.
 

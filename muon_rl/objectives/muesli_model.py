@@ -81,7 +81,7 @@ class MuesliModelLoss(UnrollLoss):
         reduction: none, mean or sum.
 
     Raises:
-        TypeError: if ``world_model`` is none.
+        TypeError: if ``world_model`` is no world model.
         KeyError: if the data lack a key.
         ValueError: if the model lacks what is read of it, an option is out of its range,
             or shapes do not fit.

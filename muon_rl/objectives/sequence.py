@@ -18,9 +18,10 @@ from muon_rl.objectives.order import check_order, keys_after, twice, written_by
 class LossSequence(LossModule):
     r"""Several TorchRL losses as one, called in order on the same data: their terms side by side.
 
-    A loss may read what an earlier one wrote into the data (its ``written_keys``). Whether each
-    reads after it was written is checked here and at each switch, from the keys that the losses
-    have at that moment. ``in_keys`` are those of all that are on, less what comes from within.
+    A loss may read what an earlier one wrote into the data (its ``written_keys``), and say by
+    ``keys_after`` what it then reads and returns. Whether each reads after it was written is
+    checked here and at each switch, from the keys that the losses have at that moment. ``in_keys``
+    are those of all that are on, less what comes from within.
 
     Coefficients, keys and masks are set at the single losses, ``sequence.losses["cmpo"]``;
     ``set_keys`` and ``loss_mask_key`` of the sequence go to all. So does ``make_value_estimator``,

@@ -63,7 +63,7 @@ class UnrollLoss(LossModule):
         reduction: none, mean or sum.
 
     Raises:
-        TypeError: if ``world_model`` is none.
+        TypeError: if ``world_model`` is no world model.
         ValueError: if the model lacks what is read of it, or an option is out of its range.
     """
 
