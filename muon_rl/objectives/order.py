@@ -69,7 +69,8 @@ def _check_outside(
     name: str, key: NestedKey, on: Mapping[str, LossModule], policy: TensorDictModuleBase | None
 ) -> None:
     """Raise if a key that no loss writes is not one that the data hold."""
-    role = _role(on[name], key)
+    named = _name(on[name], key)
+    role = named[0] if isinstance(named, tuple) else named
     if role in PRODUCERS:
         others = {other: written_by(loss) for other, loss in on.items() if other != name}
         if key[0] == "next":
@@ -79,15 +80,15 @@ def _check_outside(
                     f"{name!r} reads {key!r}, but {other!r} ({_kind(on[other])}) writes {now!r} "
                     f"alone: build {other} with next_targets=True."
                 )
-        alike = [
+        alike = (
             f" {other!r} writes {their!r}: if that is it, rename one by set_keys()."
             for other, keys in others.items()
-            for their in sorted(keys, key=str)
-            if (their[0] == "next") == (key[0] == "next") and _role(on[other], their) == role
-        ]
+            for their in keys
+            if (their[0] == "next") == (key[0] == "next") and _name(on[other], their) == named
+        )
         raise ValueError(
             f"{name!r} reads {key!r}, which no loss of the sequence writes. {PRODUCERS[role]} "
-            f"writes it: put one before {name}.{''.join(alike[:1])}"
+            f"writes it: put one before {name}.{next(alike, '')}"
         )
     if key not in MODEL_KEYS:
         return
@@ -126,14 +127,14 @@ def _kind(loss: LossModule) -> str:
     return type(loss).__name__
 
 
-def _role(loss: LossModule, key: NestedKey) -> str:
-    """Return whose a key is: the first word of its name in ``set_keys``, or of itself."""
+def _name(loss: LossModule, key: NestedKey) -> NestedKey:
+    """Return what a key was called at first, by its name in ``set_keys``; else the key itself."""
     bare = key[1:] if isinstance(key, tuple) and key[0] == "next" else key
     bare = unravel_key(bare)
     for name, named in vars(loss.tensor_keys).items():
         if named is not None and not isinstance(named, list) and unravel_key(named) == bare:
-            return name.split("_")[0]
-    return bare[0] if isinstance(bare, tuple) else bare
+            return tuple(name.split("_", 1))
+    return bare
 
 
 def _networks(loss: LossModule) -> list[TensorDictModuleBase]:

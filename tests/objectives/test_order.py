@@ -137,6 +137,19 @@ def test_renamed_keys_count():
         sequence.set_keys(nonsense="a")
 
 
+def test_the_key_to_be_renamed_is_that_of_the_same_thing():
+    """Not another that is of CMPO too, nor a second of that name."""
+    losses = {"one": CMPO(), "other": CMPO(), "reader": Fake("reader", reads=["cmpo_log_prob"])}
+    losses["one"].writes = [("cmpo", "action"), "cmpo_log_prob", ("cmpo", "weight")]
+    losses["other"].out_keys = ["loss_other"]
+    for name in ("one", "other"):
+        losses[name].set_keys(cmpo_log_prob=("my", name))
+    message = r"put one before reader\. 'one' writes \('my', 'one'\): .* by set_keys\(\)\.$"
+    with pytest.raises(ValueError, match=message) as error:
+        LossSequence(losses)
+    assert str(error.value).count("if that is it") == 1
+
+
 def test_a_new_name_that_one_does_not_know_is_refused_at_once():
     reader = Fake("reader", reads=[("cmpo", "log_prob")])
     sequence = LossSequence({"cmpo": CMPO(), "reader": reader})
