@@ -239,7 +239,7 @@ class Loss(LossModule):
             return self.world_model.unroll(state, data["action"])["value_pred"]
 
 
-@pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
+@pytest.mark.filterwarnings("ignore:Found an eps value:UserWarning")
 @pytest.mark.parametrize("observation", [VECTOR, GRID], ids=["vector", "grid"])
 def test_an_unroll_uses_the_parameters_that_a_loss_puts_in(observation):
     loss = Loss(perturbed(model_of(observation)))
