@@ -176,6 +176,7 @@ class RolloutData(AgentData):
                 f"{type(self).__name__} needs a policy that writes {keys.value!r} while it acts, "
                 f"but it writes {sorted(map(str, self.trainer.lightning_module.policy.out_keys))}."
             )
+        rollout = rollout.copy()
         rollout["next", keys.value] = self._next_values(rollout, keys.value)
         advantages = GAE(gamma=estimator.gamma, lmbda=estimator.lmbda, value_network=None)
         advantages.set_keys(**vars(keys))

@@ -301,6 +301,12 @@ def test_a_board_is_convolved_within_walls_and_keeps_its_size(kernel, height, ba
     torch.testing.assert_close(network(board), expected.reshape(*batch, 9))
 
 
+@pytest.mark.parametrize("spec", [TOKENS, PLANES], ids=["tokens", "planes"])
+def test_the_convolutions_follow_to_another_device(spec):
+    network = GridConvolution(spec).to("meta")
+    assert network(torch.zeros(3, *spec.shape, dtype=spec.dtype, device="meta")).is_meta
+
+
 def test_planes_have_walls_of_zeros():
     network = GridConvolution(PLANES, channels=[3])
     planes = torch.rand(4, 4, 6, 6)

@@ -213,6 +213,26 @@ def test_dropout_is_on_where_a_loss_is_trained_and_nowhere_else():
     torch.testing.assert_close(plain(board), evaluated, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("branch", ["attention.out", "feedforward.2"])
+def test_each_branch_of_a_block_has_dropout(branch):
+    block, x = Block(8, 2, dropout=0.5), torch.randn(1, 2000, 8)
+    other = {"attention.out": "feedforward.2", "feedforward.2": "attention.out"}[branch]
+    for layer in (block.get_submodule(branch), block.get_submodule(other)):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    nn.init.ones_(block.get_submodule(branch).bias)
+    added = block(x) - x
+    assert ((added.abs() < 1e-5) | ((added - 2).abs() < 1e-5)).all()
+    assert added.mean().item() == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("readout", READOUTS)
+def test_everything_follows_to_another_device(readout, positions):
+    network = GridTransformer(tokens(4, 4), readout=readout, positions=positions).to("meta")
+    assert network(boards(3, 4, 4).to("meta")).device.type == "meta"
+
+
 @pytest.mark.parametrize("readout", READOUTS)
 @pytest.mark.parametrize("batch", [(), (4,), (4, 3), (0,)], ids=str)
 @pytest.mark.parametrize("kind", ["tokens", "planes"])
