@@ -18,8 +18,8 @@ from muon_rl.envs import EnvFactory
 class RolloutData(AgentData):
     r"""Collects a rollout with the present policy, and serves each transition once an epoch.
 
-    Advantages and value targets are TorchRL's ``GAE``, with the discount and the decay of the
-    loss's own value estimator:
+    Advantages and value targets are TorchRL's ``GAE``, with the discount, the decay and the
+    ``average_gae`` of the loss's own value estimator:
 
     .. math::
 
@@ -178,7 +178,13 @@ class RolloutData(AgentData):
             )
         rollout = rollout.copy()
         rollout["next", keys.value] = self._next_values(rollout, keys.value)
-        advantages = GAE(gamma=estimator.gamma, lmbda=estimator.lmbda, value_network=None)
+        advantages = GAE(
+            gamma=estimator.gamma,
+            lmbda=estimator.lmbda,
+            value_network=None,
+            average_gae=estimator.average_gae,
+            vectorized=estimator.vectorized,
+        )
         advantages.set_keys(**vars(keys))
         advantages(rollout, time_dim=rollout.ndim - 1)
         now = [key for key in loss.in_keys if key[0] != "next"]
@@ -186,13 +192,12 @@ class RolloutData(AgentData):
         return kept.reshape(-1).clone()
 
     def _next_values(self, rollout: TensorDictBase, key: Any) -> Tensor:
-        """Return the value of each next state, 0 where the episode terminated."""
+        """Return the value of each next state, any number where the episode terminated."""
         values, after = rollout[key], rollout["next"]
         unseen = after["done"].clone()
         unseen[..., -1, :] = True
         unseen = (unseen & ~after["terminated"]).squeeze(-1)
         following = values.roll(-1, dims=values.ndim - 2)
-        following = following.masked_fill(after["terminated"], 0.0)
         if unseen.any():
             policy = self.trainer.lightning_module.policy
             states = after[unseen].select(*policy.in_keys)

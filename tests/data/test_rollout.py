@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from on_policy import GAMMA, LMBDA, PPO, PPOData, make
+from torchrl.envs import SerialEnv
+from torchrl.objectives import ValueEstimators
 from walk import register
 
 from muon_rl.envs import DMControl, EnvFactory, Gym
@@ -100,6 +102,15 @@ def test_targets_are_torchrl_s_with_a_pass_over_every_state(num_envs):
     assert set(served.keys(True, True)) == KEPT
 
 
+def test_advantages_have_mean_0_and_deviation_1_over_a_rollout_if_the_loss_says_so():
+    env = Gym(register())
+    agent = PPO(env)
+    agent.loss.make_value_estimator(ValueEstimators.GAE, gamma=GAMMA, lmbda=LMBDA, average_gae=True)
+    advantage = rollout_of(make(env, agent))[1]["advantage"]
+    assert advantage.mean().item() == pytest.approx(0, abs=1e-5)
+    assert advantage.std().item() == pytest.approx(1, abs=1e-3)
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["apart", "trunk"])
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_the_values_of_the_rollout_are_used_again(num_envs, shared):
@@ -176,6 +187,21 @@ def test_rollouts_are_whole_steps_of_all_environments():
     data = make(Gym(register()), num_envs=3, steps_per_rollout=40)
     raw, served = rollout_of(data)
     assert raw.shape == (3, 14) and served.shape == (42,) and data.frames == 42
+
+
+class Three(Gym):
+    """Three worlds as one environment."""
+
+    def build(self):
+        return SerialEnv(3, super().build)
+
+
+def test_an_environment_with_a_batch_of_its_own_has_rollouts_of_whole_steps():
+    agent = PPO(Gym(register()))
+    _, served = rollout_of(make(Three(register()), agent, steps_per_rollout=42))
+    assert served.shape == (42,)
+    with pytest.raises(ValueError, match=r"has 42 steps, but .* is 40: .* which are 3\."):
+        rollout_of(make(Three(register()), agent, steps_per_rollout=40))
 
 
 @pytest.mark.parametrize(
