@@ -4,5 +4,15 @@ from muon_rl.envs.base import EnvFactory
 from muon_rl.envs.dm_control import DMControl
 from muon_rl.envs.gym import Gym
 from muon_rl.envs.several import load_states, make_several, states_of
+from muon_rl.envs.snake import Snake, SnakeEnv
 
-__all__ = ["DMControl", "EnvFactory", "Gym", "load_states", "make_several", "states_of"]
+__all__ = [
+    "DMControl",
+    "EnvFactory",
+    "Gym",
+    "Snake",
+    "SnakeEnv",
+    "load_states",
+    "make_several",
+    "states_of",
+]

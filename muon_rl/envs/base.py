@@ -60,9 +60,12 @@ class EnvFactory(ABC):
 
     @cached_property
     def specs(self) -> Specs:
-        """The specs of observation and action, read once from an environment."""
+        """The specs of observation and action without batch dims, read once from an environment."""
         env = self.make()
-        specs = Specs(env.observation_spec["observation"].clone(), env.action_spec.clone())
+        specs = Specs(
+            env.observation_spec_unbatched["observation"].clone(),
+            env.action_spec_unbatched.clone(),
+        )
         env.close()
         return specs
 
