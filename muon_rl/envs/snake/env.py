@@ -11,15 +11,8 @@ from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from muon_rl.envs.snake import observe, render
-from muon_rl.envs.snake.rules import (
-    HEAD,
-    Games,
-    Rules,
-    make_tables,
-    new_games,
-    restart_,
-    step_,
-)
+from muon_rl.envs.snake.games import Games, new_games, restart_, step_
+from muon_rl.envs.snake.rules import HEAD, Rules, make_tables
 from muon_rl.envs.snake.streams import new_streams
 
 

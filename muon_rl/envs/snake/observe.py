@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from muon_rl.envs.snake.rules import BODY, EMPTY, FOOD, HEAD, Games, Rules
+from muon_rl.envs.snake.games import Games
+from muon_rl.envs.snake.rules import BODY, EMPTY, FOOD, HEAD, Rules
 
 
 def tokens(games: Games, rules: Rules) -> Tensor:
