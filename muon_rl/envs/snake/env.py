@@ -111,6 +111,8 @@ class SnakeEnv(EnvBase):
         self._kind = observation
         self._with_mask = action_mask
         self._tables = make_tables(self.rules, self._place)
+        # Elsewhere, to do more work costs less than to wait for a number of rows.
+        self._dense = self._place.type != "cpu"
         self._games = new_games(
             self.rules, self._tables, num_envs, seed=0, ages=observation == "planes"
         )
@@ -121,11 +123,6 @@ class SnakeEnv(EnvBase):
     @property
     def _place(self) -> torch.device:
         return self.device or torch.device("cpu")
-
-    @property
-    def _dense(self) -> bool:
-        """Whether to do more work rather than wait for the device to tell a number of rows."""
-        return self._place.type != "cpu"
 
     def _make_specs(self) -> None:
         n, device, rules = self.num_envs, self.device, self.rules
@@ -206,16 +203,18 @@ class SnakeEnv(EnvBase):
         if tensordict.device != self.device:
             tensordict = tensordict.to(self.device)
         tensordict = self.step(tensordict)
-        following = self._step_mdp(tensordict)
-        done = following.get("done")
-        if self._dense or done.any():
-            # TorchRL merges each entry of all games, those that go on and those that begin; here
-            # the state itself holds both.
-            self._restart(done)
-            begun = {**self._seen(), **{key: torch.zeros_like(done) for key in self.done_keys}}
-            for key, value in begun.items():
-                following.set(key, value)
-        return tensordict, following
+        done = tensordict.get("next").get("done")
+        if not (self._dense or done.any()):
+            return tensordict, self._step_mdp(tensordict)
+        # TorchRL merges each entry of the games that go on with that of those that begin; here
+        # the state itself holds both.
+        self._restart(done)
+        begun = self._seen() | {key: torch.zeros_like(done) for key in self.done_keys}
+        following = tensordict.exclude("next", "reward", "_reset", *begun)
+        if self._dense or not done.all():
+            # As TorchRL does: what a policy wrote is blank where a game begins.
+            following = following.where(~done.squeeze(1), following.empty(), pad=0)
+        return tensordict, following.update(begun)
 
     def _set_seed(self, seed: int | None) -> None:
         if seed is None:
@@ -273,6 +272,7 @@ class SnakeEnv(EnvBase):
             device: where to.
         """
         super().to(device)
+        self._dense = self._place.type != "cpu"
         self._tables = make_tables(self.rules, self._place)
         self._games = self._games.to(self._place)
         return self
