@@ -64,7 +64,8 @@ class Agent(L.LightningModule):
         self.max_grad_norm = max_grad_norm
         self.anneal_lr = anneal_lr
         self._clock = _Clock()
-        self._episodes: list[dict[str, float]] = []
+        self._updates: list[dict[str, Tensor]] = []  # metrics of a rollout's so far
+        self._evaluated: dict[str, list[float]] = {}
         # Built once here, so that a mistake in a config shows before a run begins.
         built = self.build_optimizer()
         if max_grad_norm is not None:
@@ -162,12 +163,27 @@ class Agent(L.LightningModule):
         terms = {name: term for name, term in output.items() if name.startswith("loss_")}
         # Every target is detached, so one step on the sum is exact for each network.
         total = torch.stack(list(terms.values())).sum()
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            scalars = {name: value for name, value in output.items() if value.numel() == 1}
-            metrics = {f"train/{name}": value.item() for name, value in scalars.items()}
-            metrics["train/frames_per_second"] = self._clock.read(self.frames)
-            self.track(metrics | self.rates() | self.trainer.datamodule.take_episode_metrics())
+        scalars = {name: value for name, value in output.items() if value.numel() == 1}
+        self._log_training(scalars)
         return total
+
+    def _log_training(self, scalars: dict[str, Tensor]) -> None:
+        """Log an update in N; of updates that share a rollout, and so their frames, the means."""
+        data = self.trainer.datamodule
+        if data.updates_per_rate > 1:
+            self._updates.append({name: value.detach() for name, value in scalars.items()})
+            if not data.is_up_to_date:
+                return
+            scalars = {
+                name: torch.stack([update[name] for update in self._updates]).mean()
+                for name in scalars
+            }
+            self._updates = []
+        elif (self.trainer.global_step + 1) % self.trainer.log_every_n_steps != 0:
+            return
+        metrics = {f"train/{name}": value.item() for name, value in scalars.items()}
+        metrics["train/frames_per_second"] = self._clock.read(self.frames)
+        self.track(metrics | self.rates() | data.take_episode_metrics())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the optimizer, then the target networks."""
@@ -193,26 +209,28 @@ class Agent(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Stop the clock, since evaluation is not training time, and begin an empty record."""
         self._clock.pause()
-        self._episodes = []
+        self._evaluated = {}
 
-    def validation_step(self, episode: TensorDictBase, batch_idx: int) -> None:
+    def validation_step(
+        self, episode: TensorDictBase, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Record one evaluation episode (or a batch of games), of shape ``(*games, steps)``.
 
-        Its length is in frames; a ``score`` is recorded where the environment counts one.
+        Its length is in frames; a ``score`` is recorded where the environment counts one. A second
+        set of episodes is the greedy policy's.
         """
         end = ends(episode)
+        name = "eval/greedy_" if dataloader_idx else "eval/"
         frames = end["step_count"].float().mean() * self.trainer.datamodule.env.action_repeat
-        metrics = {"eval/return": end["episode_return"].mean(), "eval/length": frames}
+        metrics = {f"{name}return": end["episode_return"].mean(), f"{name}length": frames}
         if end.get("score", None) is not None:
-            metrics["eval/score"] = end["score"].float().mean()
-        self._episodes.append({name: value.item() for name, value in metrics.items()})
+            metrics[f"{name}score"] = end["score"].float().mean()
+        for key, value in metrics.items():
+            self._evaluated.setdefault(key, []).append(value.item())
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the episodes, before a checkpoint is saved by them."""
-        means = {
-            name: sum(episode[name] for episode in self._episodes) / len(self._episodes)
-            for name in self._episodes[0]
-        }
+        means = {name: sum(values) / len(values) for name, values in self._evaluated.items()}
         self.log_dict(means, logger=False)
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.trainer.datamodule.evaluated_frames = self.frames
@@ -233,11 +251,14 @@ class Agent(L.LightningModule):
     def rates(self) -> dict[str, float]:
         """Return the learning rates and momenta that the next step applies, by metric name."""
         metrics: dict[str, float] = {}
-        for group in self.trainer.optimizers[0].param_groups:
+        groups = self.trainer.optimizers[0].param_groups
+        # Where there is a trunk, the actor is a head of it.
+        trunk = any(group["name"].startswith("trunk/") for group in groups)
+        for group in groups:
             network, part = group["name"].split("/")
             kind = "aux_learning_rate" if part == "aux" else "learning_rate"
             metrics[f"train/{kind}/{network}"] = float(group["lr"])
-            if network == "actor":
+            if network == ("trunk" if trunk else "actor"):
                 metrics[f"train/{kind}"] = float(group["lr"])
             metrics[f"train/momentum/{group['name']}"] = float(next_momentum(group))
         return metrics

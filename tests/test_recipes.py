@@ -13,15 +13,16 @@ NAMES = sorted(recipes.shipped())
 
 def test_recipes_are_shipped():
     assert {"sac_cheetah", "sac_cheetah_adamw", "sac_cartpole_swingup"} <= set(NAMES)
+    assert {"ppo_snake_adam", "ppo_snake_muon", "ppo_snake_muon_large"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_builds_its_parts(name, workspace):
     cli = RecipeCLI(with_recipe_paths(["fit", f"--config={name}"]))
     groups = {group["name"] for group in cli.model.build_optimizer().param_groups}
-    case = "adamw" if name.endswith("adamw") else "muon"
-    assert f"actor/{case}" in groups
-    assert f"critic/{case}" in groups
+    case = next((case for case in ("adamw", "adam") if case in name.split("_")), "muon")
+    for network in ("trunk",) if name.startswith("ppo") else ("actor", "critic"):
+        assert f"{network}/{case}" in groups
     assert cli.datamodule.total_updates > 0
     assert not (workspace.folder / "mlflow.db.lock").exists() or not workspace.records
 

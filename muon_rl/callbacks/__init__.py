@@ -2,7 +2,8 @@
 
 from muon_rl.callbacks.checkpoints import Checkpoints
 from muon_rl.callbacks.effective_rank import EffectiveRank
+from muon_rl.callbacks.film import Film
 from muon_rl.callbacks.graceful_stop import GracefulStop
 from muon_rl.callbacks.progress import FramesProgressBar
 
-__all__ = ["Checkpoints", "EffectiveRank", "FramesProgressBar", "GracefulStop"]
+__all__ = ["Checkpoints", "EffectiveRank", "Film", "FramesProgressBar", "GracefulStop"]

@@ -57,7 +57,10 @@ class FramesProgressBar(TQDMProgressBar):
         batch_idx: int,
     ) -> None:  # fmt: skip
         """Move the bar."""
-        self.train_progress_bar.update(trainer.datamodule.frames - self.train_progress_bar.n)
+        bar, frames = self.train_progress_bar, trainer.datamodule.frames
+        # Whole rollouts may go past the budget, and tqdm forgets a total that is passed.
+        bar.total = max(bar.total, frames)
+        bar.update(frames - bar.n)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the postfix as the last evaluation set it."""

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from muon_rl.agent import Agent
-from muon_rl.callbacks import FramesProgressBar, GracefulStop
+from muon_rl.callbacks import Film, FramesProgressBar, GracefulStop
 from muon_rl.cli import ConfigError, names, recipes, record, runs
 from muon_rl.cli.errors import root_of
 from muon_rl.cli.parser import RecipeParser
@@ -169,7 +169,7 @@ class RecipeCLI(LightningCLI):
         trainer = dict(self.config_init[self.subcommand].trainer)
         callbacks: list[Callback] = [*(trainer.pop("callbacks") or [])]
         if self.subcommand == "fit":
-            callbacks += [self.checkpoints, self.stop, self._record()]
+            callbacks += [self.checkpoints, self.stop, self._record(), Film()]
             effective_rank = self.config_init[self.subcommand].effective_rank
             if effective_rank.enabled:
                 effective_rank.check(self.model.loss, self.datamodule)

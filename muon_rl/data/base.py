@@ -35,6 +35,8 @@ class AgentData(L.LightningDataModule, ABC):
         eval_every: frames between two evaluations, >= 1; another one ends the run.
         eval_episodes: episodes of an evaluation, >= 1.
         eval_seed: seed of an evaluation's first episode, the same in every evaluation and run.
+        eval_sampled: whether evaluation draws its actions from the policy; the metrics of the
+            policy's modes are then ``eval/greedy_*``, beside them.
         save_buffer: whether checkpoints hold the collected data, without which a resumed run
             starts with an empty buffer.
         num_envs: training environments that step together, >= 1.
@@ -53,6 +55,7 @@ class AgentData(L.LightningDataModule, ABC):
         eval_every: int = 10_000,
         eval_episodes: int = 10,
         eval_seed: int = 0,
+        eval_sampled: bool = False,
         save_buffer: bool = True,
         num_envs: int = 1,
         env_processes: bool = False,
@@ -69,6 +72,7 @@ class AgentData(L.LightningDataModule, ABC):
         self.eval_every = eval_every
         self.eval_episodes = eval_episodes
         self.eval_seed = eval_seed
+        self.eval_sampled = eval_sampled
         self.save_buffer = save_buffer
         self.num_envs = num_envs
         self.env_processes = env_processes
@@ -158,6 +162,8 @@ class AgentData(L.LightningDataModule, ABC):
                 "train/episode_return": ended["episode_return"].mean().item(),
                 "train/episode_length": length.item(),
             }
+            if "score" in ended.keys():  # noqa: SIM118
+                self._episode_metrics["train/episode_score"] = ended["score"].float().mean().item()
         return rollout
 
     def take_episode_metrics(self) -> dict[str, float]:
@@ -177,14 +183,22 @@ class AgentData(L.LightningDataModule, ABC):
         """Return the stream of the batches that are left."""
         return Stream(self)
 
-    def val_dataloader(self) -> EvaluationEpisodes:
-        """Return the episodes of one evaluation, played anew at each iteration."""
-        return EvaluationEpisodes(
-            self.env,
-            self.trainer.lightning_module.policy,
-            episodes=self.eval_episodes,
-            seed=self.eval_seed,
-        )
+    def val_dataloader(self) -> list[EvaluationEpisodes]:
+        """Return the episodes of one evaluation, played anew at each iteration.
+
+        With ``eval_sampled`` these are two sets of the same seeds, the greedy policy's the second.
+        """
+        policy = self.trainer.lightning_module.policy
+        return [
+            EvaluationEpisodes(
+                self.env,
+                policy,
+                episodes=self.eval_episodes,
+                seed=self.eval_seed,
+                sampled=sampled,
+            )
+            for sampled in ([True, False] if self.eval_sampled else [False])
+        ]
 
     def teardown(self, stage: str) -> None:
         """Close the collector and its environment."""

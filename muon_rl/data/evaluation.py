@@ -1,4 +1,4 @@
-"""Evaluation episodes: played by the deterministic policy from a fixed set of seeds."""
+"""Evaluation episodes: played by the policy from a fixed set of seeds."""
 
 from __future__ import annotations
 
@@ -27,19 +27,28 @@ class EvaluationEpisodes:
         policy: reads and writes the environment's keys.
         episodes: number of episodes, rounded up to whole batches.
         seed: of the first episode; the others follow it.
+        sampled: whether actions are drawn from the policy; else each is its mode.
     """
 
     def __init__(
-        self, env: EnvFactory, policy: TensorDictModuleBase, *, episodes: int, seed: int
+        self,
+        env: EnvFactory,
+        policy: TensorDictModuleBase,
+        *,
+        episodes: int,
+        seed: int,
+        sampled: bool = False,
     ) -> None:
         self.factory = env
         self.policy = policy
         self.episodes = episodes
         self.seed = seed
+        self.exploration = ExplorationType.RANDOM if sampled else ExplorationType.DETERMINISTIC
 
     @cached_property
     def _env(self) -> EnvBase:
-        return self.factory.make()
+        with torch.random.fork_rng():  # an environment may draw its first seed
+            return self.factory.make_for_evaluation(self.episodes)
 
     def __len__(self) -> int:
         return -(-self.episodes // self._env.batch_size.numel())
@@ -52,7 +61,7 @@ class EvaluationEpisodes:
         with (
             torch.random.fork_rng(),
             torch.no_grad(),
-            set_exploration_type(ExplorationType.DETERMINISTIC),
+            set_exploration_type(self.exploration),
         ):
             torch.manual_seed(seed)
             self._env.set_seed(seed)
@@ -63,6 +72,15 @@ class EvaluationEpisodes:
                 break_when_any_done=not self._env.batch_size,
                 break_when_all_done=bool(self._env.batch_size),
             )
+
+
+def length(episode: TensorDictBase) -> int:
+    """Return the number of steps of an episode, the first that is done included.
+
+    Args:
+        episode: of shape ``(steps,)``; what follows its end is not counted.
+    """
+    return int(episode["next", "done"].squeeze(-1).int().argmax(-1)) + 1
 
 
 def ends(episodes: TensorDictBase) -> TensorDictBase:

@@ -41,6 +41,8 @@ class RolloutData(AgentData):
         eval_every: frames between two evaluations; another one ends the run.
         eval_episodes: episodes of an evaluation.
         eval_seed: seed of an evaluation's first episode.
+        eval_sampled: whether evaluation draws its actions from the policy; the metrics of the
+            policy's modes are then ``eval/greedy_*``, beside them.
         num_envs: training environments that step together.
         env_processes: whether each of them has a process of its own; a resumed run then begins
             new episodes.
@@ -63,6 +65,7 @@ class RolloutData(AgentData):
         eval_every: int = 10_000,
         eval_episodes: int = 10,
         eval_seed: int = 0,
+        eval_sampled: bool = False,
         num_envs: int = 1,
         env_processes: bool = False,
     ) -> None:
@@ -72,6 +75,7 @@ class RolloutData(AgentData):
             eval_every=eval_every,
             eval_episodes=eval_episodes,
             eval_seed=eval_seed,
+            eval_sampled=eval_sampled,
             save_buffer=True,  # within a rollout a run cannot go on without it
             num_envs=num_envs,
             env_processes=env_processes,

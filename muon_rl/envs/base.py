@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Any
 
+from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, RewardSum, StepCounter, TransformedEnv
 
 from muon_rl.specs import Specs
@@ -57,6 +58,22 @@ class EnvFactory(ABC):
         if seed is not None:
             env.set_seed(seed)
         return env
+
+    def make_for_evaluation(self, episodes: int) -> EnvBase:
+        """Make an environment that plays evaluation episodes.
+
+        Args:
+            episodes: of an evaluation, >= 1; one whose games step together may play all at once.
+        """
+        return self.make()
+
+    def film(self, episode: TensorDictBase) -> bytes | None:
+        """Return an episode as an animated GIF, or ``None`` where there is nothing to see.
+
+        Args:
+            episode: of shape ``(steps,)``, as evaluation plays it, up to its end.
+        """
+        return None
 
     @cached_property
     def specs(self) -> Specs:

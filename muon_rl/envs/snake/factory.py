@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
+from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
 from muon_rl.envs.base import EnvFactory
 from muon_rl.envs.snake.env import SnakeEnv
+from muon_rl.envs.snake.render import to_gif
 
 
 class Snake(EnvFactory):
@@ -89,6 +92,28 @@ class Snake(EnvFactory):
         env = self.build()
         env.set_seed(seed)
         return env
+
+    def make_for_evaluation(self, episodes: int) -> SnakeEnv:
+        """Make as many games as there are episodes.
+
+        Args:
+            episodes: of an evaluation, >= 1.
+        """
+        return SnakeEnv(episodes, **self._options, episode_return=True)
+
+    def film(self, episode: TensorDictBase) -> bytes | None:
+        """Return a game as an animated GIF; of observations other than tokens there is none.
+
+        Args:
+            episode: of shape ``(steps,)``.
+        """
+        boards = episode["observation"]
+        if self._options["observation"] != "tokens":
+            return None
+        # A board after a death is free to be anything.
+        after = episode["next"][-1:]
+        seen = boards if after["terminated"].item() else torch.cat([boards, after["observation"]])
+        return to_gif(seen)
 
     def env_state(self, env: EnvBase) -> dict[str, Any]:
         """Return the state of the games, random numbers included."""
