@@ -79,6 +79,12 @@ def test_a_block_for_one_row_gives_the_row_that_it_gives_with_all():
     torch.testing.assert_close(block(x, only)[:, 0], whole[range(4), only])
 
 
+@pytest.mark.parametrize("only", [None, torch.tensor([1])], ids=["all", "one"])
+def test_a_block_s_gradient_is_that_of_finite_differences(only):
+    block, x = Block(4, 2).double(), torch.randn(1, 3, 4, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda y: block(y, only), x)
+
+
 def test_a_block_is_pre_norm_and_four_times_as_wide_between():
     block, x = Block(8, 2), torch.randn(4, 5, 8)
     normed = nn.functional.layer_norm(x, (8,))
