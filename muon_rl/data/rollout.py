@@ -193,7 +193,7 @@ class RolloutData(AgentData):
         advantages(rollout, time_dim=rollout.ndim - 1)
         now = [key for key in loss.in_keys if key[0] != "next"]
         kept = rollout.select(*now, keys.value, keys.advantage, keys.value_target, strict=False)
-        return kept.reshape(-1).clone()
+        return kept.reshape(-1)
 
     def _next_values(self, rollout: TensorDictBase, key: Any) -> Tensor:
         """Return the value of each next state, any number where the episode terminated."""
