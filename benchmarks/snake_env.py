@@ -207,12 +207,12 @@ def measure(name: str, games: str, seconds: str) -> None:
 
 
 def compile_puffer(source: Path, raylib: Path, folder: Path) -> Path:
-    """Compile PufferLib's game with a loop around it; pictures are left unlinked."""
+    """Compile PufferLib's game with a loop around it, without its pictures."""
     if commit_of(source) != PUFFER_COMMIT:
         raise SystemExit(f"{source} is not at commit {PUFFER_COMMIT}")
     program, loop = folder / "puffer", folder / "loop.c"
     loop.write_text(PUFFER_LOOP)
-    flags = ["-O3", "-march=native", "-w", "-Wl,--unresolved-symbols=ignore-all"]
+    flags = ["-O3", "-march=native", "-w", "-ffunction-sections", "-Wl,--gc-sections"]
     include = [f"-I{source / PUFFER_FOLDER}", f"-I{raylib}"]
     subprocess.run(["gcc", *flags, *include, str(loop), "-o", str(program), "-lm"], check=True)
     return program

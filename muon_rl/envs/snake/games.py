@@ -31,7 +31,7 @@ class Games:
         steps: steps of this game, int64, ``(games,)``.
         returned: rewards of this game, summed, float32, ``(games,)``.
         streams: states of the random numbers, int64, ``(games,)``.
-        entered: the step in which the head entered each cell, int32, ``(games, cells)``, of use
+        entered: the step in which the head entered each cell, float32, ``(games, cells)``, of use
             where the body is; ``None`` where nobody asks for it.
     """
 
@@ -171,7 +171,7 @@ def step_(
     games.score += eaten
     games.steps += 1
     if games.entered is not None:
-        games.entered.view(-1).scatter_(0, head_index, games.steps.int())
+        games.entered.view(-1).scatter_(0, head_index, games.steps.float())
 
     won = games.score == cells - rules.initial_length
     _place_food_(games, eaten > won, rules, dense=dense)

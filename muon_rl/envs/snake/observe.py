@@ -48,12 +48,14 @@ def planes(games: Games, rules: Rules) -> Tensor:
         raise ValueError("planes need games made with ages=True.")
     board = games.board
     seen = torch.empty(len(board), 4, rules.cells, dtype=torch.float32, device=board.device)
-    seen[:, 0] = board == HEAD
+    torch.eq(board, HEAD, out=seen[:, 0])
     length = (games.score + rules.initial_length).unsqueeze(1)
-    left = games.entered + (length - games.steps.unsqueeze(1)).int()
-    torch.mul(left / length, (board >= BODY) & (board < HEAD), out=seen[:, 1])
-    seen[:, 2] = board == FOOD
-    seen[:, 3] = board == EMPTY
+    left = games.entered + (length - games.steps.unsqueeze(1)).float()
+    left /= length.float()
+    left *= (board >= BODY) & (board < HEAD)
+    seen[:, 1] = left
+    torch.eq(board, FOOD, out=seen[:, 2])
+    torch.eq(board, EMPTY, out=seen[:, 3])
     return seen.view(-1, 4, rules.height, rules.width)
 
 
@@ -70,7 +72,11 @@ def rgb3(games: Games, rules: Rules) -> Tensor:
         float32, ``(games, height, width, 3)``.
     """
     board = games.board.view(-1, rules.height, rules.width)
-    return torch.stack([board >= BODY, board == FOOD, board == EMPTY], dim=-1).float()
+    seen = torch.empty(*board.shape, 3, dtype=torch.float32, device=board.device)
+    torch.ge(board, BODY, out=seen[..., 0])
+    torch.eq(board, FOOD, out=seen[..., 1])
+    torch.eq(board, EMPTY, out=seen[..., 2])
+    return seen
 
 
 def action_mask(games: Games) -> Tensor:

@@ -74,7 +74,8 @@ class Tables(NamedTuple):
             ``token * cells + cell``; a cell at the wall leads to itself, and so do other tokens.
         board: a new game's tokens without food, uint8, ``(cells,)``.
         free: the cells of that board that are free, int64.
-        entered: the step in which the snake entered each cell of that board, int32, ``(cells,)``:
+        entered: the step in which the snake entered each cell of that board, float32,
+            ``(cells,)``:
             the head in step 0, what lies behind it before.
     """
 
@@ -109,10 +110,10 @@ def make_tables(rules: Rules, device: torch.device | None = None) -> Tables:
         inside &= (to_column >= 0) & (to_column < rules.width)
         moves[BODY + direction] = torch.where(inside, to_row * rules.width + to_column, cell)
     board = torch.zeros(rules.cells, dtype=torch.uint8)
-    entered = torch.zeros(rules.cells, dtype=torch.int32)
+    entered = torch.zeros(rules.cells, dtype=torch.float32)
     snake = torch.arange(rules.initial_length)
     board[rules.start - snake] = BODY + RIGHT
     board[rules.start] = HEAD
-    entered[rules.start - snake] = -snake.int()
+    entered[rules.start - snake] = -snake.float()
     free = (board == EMPTY).nonzero().squeeze(1)
     return Tables(*(table.to(device) for table in (moves.flatten(), board, free, entered)))
