@@ -1,4 +1,4 @@
-"""Environment factories: one flat float32 observation, action repeat, counters, exact state."""
+"""Environments and their factories: specs, counters, seeds and exact state."""
 
 from muon_rl.envs.base import EnvFactory
 from muon_rl.envs.dm_control import DMControl

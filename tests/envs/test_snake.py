@@ -13,7 +13,7 @@ from gymnasium.utils.env_checker import check_env
 from PIL import Image
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
-from torchrl.envs import EnvBase, RewardSum, TransformedEnv
+from torchrl.envs import ActionMask, EnvBase, RewardSum, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from muon_rl.data.evaluation import EvaluationEpisodes, ends
@@ -155,7 +155,34 @@ def test_the_short_way_through_a_step_equals_torchrls_own(number):
         assert_equal(first, second)
 
 
-def test_transforms_and_hooks_see_the_same_games():
+def test_a_step_without_a_look_at_the_data_plays_the_same_games():
+    env, dense = (SnakeEnv(48, **SMALL, observation="planes", seed=2) for _ in range(2))
+    dense._dense = True  # as on a GPU
+    actions = actions_of(48, 80)
+    (steps, now), (dense_steps, dense_now) = play(env, actions), play(dense, actions)
+    assert_equal(steps, dense_steps)
+    assert_equal(now, dense_now)
+
+
+def test_a_random_policy_can_keep_to_the_mask():
+    env = TransformedEnv(SnakeEnv(32, 6, 6, action_mask=True, seed=0), ActionMask())
+    steps = env.rollout(60, break_when_any_done=False)
+    taken = steps["action_mask"].gather(-1, steps["action"].view(32, -1, 1))
+    assert taken.all()
+    assert not steps["action_mask"].all()
+
+
+def test_a_game_that_is_over_can_be_stepped_without_harm():
+    env = SnakeEnv(64, 3, 4, initial_length=1, seed=0)
+    now = env.reset()
+    for action in actions_of(64, 600):
+        now = env.step_mdp(env.step(now.set("action", action)))
+    env.set_seed(1)
+    fresh = SnakeEnv(64, 3, 4, initial_length=1, seed=1)
+    assert_equal(env.reset(), fresh.reset())
+
+
+def test_transforms_see_the_same_games():
     env = SnakeEnv(16, **SMALL, episode_return=True, seed=4)
     summed = TransformedEnv(
         SnakeEnv(16, **SMALL, seed=4), RewardSum(["reward"], ["episode_return"])
@@ -166,14 +193,15 @@ def test_transforms_and_hooks_see_the_same_games():
     assert_equal(now, their_now)
 
 
-def test_resetting_some_games_leaves_the_others():
+@pytest.mark.parametrize("shape", [(10, 1), (10,)])
+def test_resetting_some_games_leaves_the_others(shape):
     env, twin = (SnakeEnv(10, seed=0) for _ in range(2))
     actions = actions_of(10, 30)
     (_, now), (_, twin_now) = play(env, actions[:3]), play(twin, actions[:3])
     marked = torch.zeros(10, 1, dtype=torch.bool)
     marked[[2, 7]] = True
     before = now.clone()
-    now = env.reset(now.set("_reset", marked.clone()))
+    now = env.reset(now.set("_reset", marked.clone().view(shape)))
     others = ~marked.squeeze(1)
     assert_equal(now[others], before.exclude("_reset")[others])
     assert (now["step_count"][~others] == 0).all()

@@ -110,13 +110,13 @@ class SnakeEnv(EnvBase):
         super().__init__(device=device, batch_size=(num_envs,))
         self._kind = observation
         self._with_mask = action_mask
+        self._with_return = episode_return
         self._tables = make_tables(self.rules, self._place)
         # Elsewhere, to do more work costs less than to wait for a number of rows.
         self._dense = self._place.type != "cpu"
         self._games = new_games(
             self.rules, self._tables, num_envs, seed=0, ages=observation == "planes"
         )
-        self._with_return = episode_return
         self._make_specs()
         self.set_seed(seed)
 
@@ -167,8 +167,9 @@ class SnakeEnv(EnvBase):
             games.take_back_(before, held)
             held = held.unsqueeze(1)
             reward = reward.masked_fill(held, 0)
-            terminated = torch.where(held, tensordict.get("terminated"), terminated)
-            truncated = torch.where(held, tensordict.get("truncated"), truncated)
+            running = torch.zeros_like(held)
+            terminated = torch.where(held, tensordict.get("terminated", running), terminated)
+            truncated = torch.where(held, tensordict.get("truncated", running), truncated)
         return self._tensordict(
             **self._seen(),
             reward=reward,
@@ -180,7 +181,8 @@ class SnakeEnv(EnvBase):
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
         where = None if tensordict is None else tensordict.get("_reset", None)
         if where is None:
-            where = torch.ones(self.num_envs, 1, dtype=torch.bool, device=self._place)
+            where = torch.ones(self.num_envs, dtype=torch.bool, device=self._place)
+        where = where.view(-1, 1)
         self._restart(where)
         flags = {}
         for key in ("terminated", "truncated", "done"):

@@ -90,7 +90,8 @@ class Snake(EnvFactory):
             seed: of all its games; ``None`` draws one from torch's generator.
         """
         env = self.build()
-        env.set_seed(seed)
+        if seed is not None:
+            env.set_seed(seed)
         return env
 
     def make_for_evaluation(self, episodes: int) -> SnakeEnv:

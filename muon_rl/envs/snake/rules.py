@@ -75,8 +75,7 @@ class Tables(NamedTuple):
         board: a new game's tokens without food, uint8, ``(cells,)``.
         free: the cells of that board that are free, int64.
         entered: the step in which the snake entered each cell of that board, float32,
-            ``(cells,)``:
-            the head in step 0, what lies behind it before.
+            ``(cells,)``: the head in step 0, what lies behind it before.
     """
 
     moves: Tensor
