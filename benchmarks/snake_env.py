@@ -22,7 +22,6 @@ import argparse
 import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from machine import REPOSITORY, commit_of, processor
+
 RESULTS = REPOSITORY / "benchmarks/results/snake_env.csv"
 SIZE = 10
 STEPS = 128  # actions drawn beforehand, used again and again
@@ -236,22 +236,6 @@ def run(command: list[str], core: int) -> dict[str, float]:
     return result
 
 
-def commit_of(checkout: Path) -> str:
-    """The commit of a checkout, marked where files differ from it other than the results."""
-    git = ["git", "-C", str(checkout)]
-    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-    edited = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
-    return head + "-edited" * bool(subprocess.call(edited))
-
-
-def processor() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.split(':')[1].strip()}, {os.cpu_count()} cores"
-    return platform.processor()
-
-
 def print_summary(rates: dict[str, list[tuple[float, float]]]) -> None:
     """Print medians, and the median of the rounds' ratios to every peer."""
     peers = [name for name in ("jumanji", "puffer") if name in rates]
@@ -312,7 +296,7 @@ def main() -> None:
                     options.output,
                     {
                         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                        "commit": commit_of(REPOSITORY),
+                        "commit": commit_of(),
                         "cpu": processor(),
                         "program": name,
                         "games": options.games,

@@ -132,10 +132,11 @@ def test_the_metrics_of_an_episode_are_given_once():
 def test_evaluation_leaves_the_random_numbers_of_training_alone():
     data = make(ENV, eval_episodes=1)
     before = torch.get_rng_state()
-    first = [episode["next", "episode_return"][-1] for episode in data.val_dataloader()]
+    (episodes,) = data.val_dataloader()
+    first = [episode["next", "episode_return"][-1] for episode in episodes]
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)
-    again = [episode["next", "episode_return"][-1] for episode in data.val_dataloader()]
+    again = [episode["next", "episode_return"][-1] for episode in episodes]
     assert first == again
 
 
