@@ -128,7 +128,7 @@ class PPO(Agent):
             clip_epsilon=clip,
             entropy_coeff=entropy_coef,
             critic_coeff=value_coef,
-            loss_critic_type="l2",
+            loss_critic_type="smooth_l1",
             normalize_advantage=True,
         )
         # The data module takes its advantages from this estimator, with the values of the rollout.
