@@ -172,7 +172,7 @@ def test_games_equal_the_reference_in_every_field(height, width, initial_length,
         assert not any(following[key].any() for key in ("terminated", "truncated", "done"))
         now = following
     assert ends["terminated"] > 0
-    assert (ends["won"] > 0) == (height * width <= 20)
+    assert ends["won"] > 0 or height * width > 10
     assert ends["truncated"] > 0
 
 
@@ -261,7 +261,8 @@ def test_food_is_independent_of_earlier_food_of_neighbours_and_of_other_seeds():
     restart_(games, torch.ones(20_000, dtype=torch.bool), rules, tables)
     second = food()
     games = new_games(rules, tables, 20_000, seed=1)
-    for a, b in ((first, second), (first[1:], first[:-1]), (first, food())):
+    neighbours = [(first[1:], first[:-1]), (first[1:], second[:-1]), (first[:-1], second[1:])]
+    for a, b in ((first, second), *neighbours, (first, food())):
         table = torch.zeros(9, 9, dtype=torch.int64)
         table.index_put_((a, b), torch.ones_like(a), accumulate=True)
         used = table.sum(0) > 0

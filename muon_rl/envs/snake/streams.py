@@ -31,8 +31,8 @@ def new_streams(seed: int, number: int, device: torch.device | None = None) -> T
         States, int64, shape ``(number,)``.
     """
     first = torch.full((1,), _signed(seed), dtype=torch.int64, device=device)
-    # Hashed twice, so that the streams of neighbouring seeds are not each other's shifts.
-    return _mixed(_mixed(first) + torch.arange(1, number + 1, device=device) * _STEP)
+    # Outputs of one generator are the others' states: else each would be its neighbour, a draw on.
+    return _mixed(first + torch.arange(1, number + 1, device=device) * _STEP)
 
 
 def advance(streams: Tensor) -> Tensor:
