@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import lightning as L
 from torch.optim import lr_scheduler
@@ -42,18 +42,19 @@ _ATTEMPTS = re.compile(
 )
 
 
-def explain(message: str) -> str:
+def explain(message: str, keys: Collection[str] = ()) -> str:
     """Return a parser's message as a line or two.
 
     Args:
         message: jsonargparse's; it may nest the messages of several attempts.
+        keys: that the parser takes.
     """
     if (unknown := _UNKNOWN.search(message)) and "Parser key" not in message:
-        return _explain_key(unknown)
+        return _explain_key(unknown, keys)
     if required := _REQUIRED.match(message):
-        keys = [key.rpartition(".")[2] for key in required["keys"].split(", ")]
-        if not {"env", "data", "model"} & set(keys):
-            return f"{keys[0]} must be given."
+        lacking = [key.rpartition(".")[2] for key in required["keys"].split(", ")]
+        if not {"env", "data", "model"} & set(lacking):
+            return f"{lacking[0]} must be given."
         return "env, data or model is missing: name a recipe, --config=NAME (see muon-rl recipes)."
     keyed = _KEY.match(message.strip())
     key, rest = (keyed["key"], keyed["rest"]) if keyed else ("", message.strip())
@@ -109,7 +110,7 @@ def _readable(expected: str) -> str:
     return re.sub(r"<class '(\S+)'>", r"\1", expected)
 
 
-def _explain_key(found: re.Match[str]) -> str:
+def _explain_key(found: re.Match[str], keys: Collection[str]) -> str:
     flag = (found["flag"] or "").lstrip("-").partition("=")[0]
     group = found["group"] if found["group"] not in (None, *SUBCOMMANDS) else ""
     key = ".".join(part for part in (group, flag or found["key"] or found["option"]) if part)
@@ -124,8 +125,10 @@ def _explain_key(found: re.Match[str]) -> str:
     close = difflib.get_close_matches(wrong, _words(vocabulary), n=1)
     if not close and "A recipe" not in vocabulary:
         return f"There is no key {key!r}: muon-rl fit --config NAME --help lists all keys."
-    # Of the owners of such a key, the smallest is the likeliest.
-    owners = sorted(vocabulary, key=lambda owner: len(vocabulary[owner]))
+    # Of the owners of such a key, the smallest that the parser knows all of is the likeliest.
+    owners = sorted(
+        vocabulary, key=lambda o: (not set(keys).issuperset(vocabulary[o]), len(vocabulary[o]))
+    )
     owner = next(o for o in owners if not close or close[0] in vocabulary[o])
     few = len(vocabulary[owner]) <= 20
     allowed = f"{owner} takes {', '.join(vocabulary[owner])}." if few else "--help lists all keys."

@@ -27,7 +27,8 @@ class RecipeParser(LightningArgumentParser):
         Raises:
             ConfigError: always.
         """
-        raise ConfigError(explain(message))
+        keys = {part for action in self._actions for part in action.dest.split(".")}
+        raise ConfigError(explain(message, keys))
 
     def add_recipe_arguments(self) -> None:
         """Add the keys beside ``data``, ``model`` and ``trainer``, and the links between them."""
