@@ -185,7 +185,14 @@ class CMPOLoss(LossModule):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """The inputs of both networks, less the action, which comes from the prior."""
+        """The inputs of both networks; where the prior is mixed, the behaviour's logits."""
+        mixture, logits = self.prior_mixture, self.tensor_keys.behaviour_logits
+        behaviour = [logits] if mixture is not None and mixture.shares[1] > 0 else []
+        return list(dict.fromkeys([*self._network_keys, *behaviour]))
+
+    @property
+    def _network_keys(self) -> list[NestedKey]:
+        """What the networks read, less the action, which comes from the prior."""
         keys = dict.fromkeys([*self.actor_network.in_keys, *self.q_network.in_keys])
         return [key for key in keys if key != self.tensor_keys.action]
 
@@ -207,7 +214,7 @@ class CMPOLoss(LossModule):
             clip = (self.advantage_clip_min, self.advantage_clip_max)
             options: dict[str, Any] = {"scale": self._scale(tensordict, seen), "clip": clip}
             target = self._write(tensordict, seen, options)
-            ahead = (tensordict.get(("next", key), None) for key in self.in_keys)
+            ahead = (tensordict.get(("next", key), None) for key in self._network_keys)
             if self.next_targets and all(x is not None for x in ahead):
                 following = tensordict.get("next")
                 self._write(following, self._look(following, discrete, at_next=True), options)

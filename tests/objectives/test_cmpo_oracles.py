@@ -154,6 +154,11 @@ def test_the_behaviour_and_the_uniform_policy_mix_into_the_prior():
     loss(data)
     wanted = [0.967 * p + 0.03 * b + 0.001 for p, b in ((0.7, 0.2), (0.2, 0.2), (0.1, 0.6))]
     assert data["cmpo", "log_prob"].exp()[0].tolist() == pytest.approx(wanted)
+    # By keyword, a TorchRL loss is given what its in_keys name.
+    assert "logits" in loss.in_keys
+    by_keyword = loss(**{key: data[key] for key in loss.in_keys})
+    assert by_keyword[0].item() == loss(data)["loss_cmpo"].item() > 0
+    assert "logits" not in table([1.0], [1.0], [0.0], prior_mixture=(0.9, 0.0, 0.1))[0].in_keys
 
 
 def test_samples_estimate_the_cross_entropy_to_the_reweighted_prior():
