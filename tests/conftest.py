@@ -65,6 +65,12 @@ def _one_thread():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _still_one_thread():
+    """Undo what a test left: TorchRL's environments of several set the threads of their process."""
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items):
     """Skip what needs a device that is not there, saying so."""
     if not torch.cuda.is_available():

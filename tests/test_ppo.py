@@ -129,7 +129,7 @@ def test_a_step_trains_as_torchrls_own_loss_with_two_passes_does():
     actor = type(agent.policy.actor)(parts[0], *agent.policy.actor.module)
     stock = ClipPPOLoss(
         actor, TensorDictSequential(parts[0], parts[1]), entropy_coeff=0.01, critic_coeff=0.5,
-        loss_critic_type="l2", normalize_advantage=True,
+        loss_critic_type="smooth_l1", normalize_advantage=True,
     )  # fmt: skip
     ours, theirs = agent.loss(rows.copy()), stock(rows.copy())
     for name in ("loss_objective", "loss_critic", "loss_entropy"):

@@ -8,10 +8,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import MLFlowLogger
 from tensordict import TensorDictBase
 
 from muon_rl.data import length
-from muon_rl.tracking import MLflow
 
 
 class Film(Callback):
@@ -26,7 +26,7 @@ class Film(Callback):
     ) -> None:  # fmt: skip
         """Log the episode, or the first of several games."""
         first = batch_idx == 0 and dataloader_idx == 0
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, MLflow)]
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, MLFlowLogger)]
         if not (first and loggers and trainer.is_global_zero and trainer.state.fn == "fit"):
             return
         game = batch.flatten(0, -2)[0] if batch.ndim > 1 else batch

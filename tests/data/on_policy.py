@@ -25,7 +25,7 @@ from muon_rl.specs import Specs
 GAMMA, LMBDA = 0.9, 0.8
 
 
-class PPOData(RolloutData):
+class VectorPPOData(RolloutData):
     def make_collector(self, env, policy):
         return Collector(
             env,
@@ -87,7 +87,7 @@ class TrunkOnce(ClipPPOLoss):
         return super().forward(self.trunk_network[0](tensordict.copy()))
 
 
-class PPO(Agent):
+class VectorPPO(Agent):
     """The policy writes the value as it acts; networks of their own, or heads on a trunk."""
 
     def __init__(
@@ -109,11 +109,11 @@ class PPO(Agent):
         super().__init__(loss=loss, policy=policy, optimizer=optimizer, **options)
 
 
-def make(env: EnvFactory, agent: PPO | None = None, **options) -> PPOData:
+def make(env: EnvFactory, agent: VectorPPO | None = None, **options) -> VectorPPOData:
     """Return PPO's data on an environment as Lightning's trainer would set it up."""
-    data = PPOData(env, **{"total_frames": 200, "steps_per_rollout": 40, **options})
+    data = VectorPPOData(env, **{"total_frames": 200, "steps_per_rollout": 40, **options})
     data.trainer = SimpleNamespace(
-        lightning_module=agent or PPO(env),
+        lightning_module=agent or VectorPPO(env),
         received_sigterm=False,
         global_rank=0,
         state=SimpleNamespace(fn="fit"),

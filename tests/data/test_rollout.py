@@ -8,12 +8,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from on_policy import GAMMA, LMBDA, PPO, PPOData, make
-from torchrl.envs import SerialEnv
+from on_policy import GAMMA, LMBDA, VectorPPO, VectorPPOData, make
 from torchrl.objectives import ValueEstimators
 from walk import register
 
 from muon_rl.envs import DMControl, EnvFactory, Gym
+from muon_rl.envs.several import _Serial
 
 CARTPOLE = DMControl("cartpole", "swingup", action_repeat=2)
 KEPT = {
@@ -50,7 +50,7 @@ class Script(gymnasium.Env):
 gymnasium.register("Script-v0", entry_point=Script)
 
 
-def rollout_of(data: PPOData) -> tuple:
+def rollout_of(data: VectorPPOData) -> tuple:
     """Return the first rollout as it was collected, and as it is served, in its order."""
     raw = []
     collect = data.collect
@@ -69,7 +69,7 @@ def rollout_of(data: PPOData) -> tuple:
 
 def test_targets_are_those_computed_by_hand():
     env = Gym("Script-v0")
-    agent = PPO(env, gamma=0.5, lmbda=0.5)
+    agent = VectorPPO(env, gamma=0.5, lmbda=0.5)
     critic = agent.policy.module[0].module
     for parameter in critic.parameters():
         parameter.data.zero_()
@@ -104,7 +104,7 @@ def test_targets_are_torchrl_s_with_a_pass_over_every_state(num_envs):
 
 def test_advantages_have_mean_0_and_deviation_1_over_a_rollout_if_the_loss_says_so():
     env = Gym(register())
-    agent = PPO(env)
+    agent = VectorPPO(env)
     agent.loss.make_value_estimator(ValueEstimators.GAE, gamma=GAMMA, lmbda=LMBDA, average_gae=True)
     advantage = rollout_of(make(env, agent))[1]["advantage"]
     assert advantage.mean().item() == pytest.approx(0, abs=1e-5)
@@ -115,7 +115,7 @@ def test_advantages_have_mean_0_and_deviation_1_over_a_rollout_if_the_loss_says_
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_the_values_of_the_rollout_are_used_again(num_envs, shared):
     env = Gym(register())
-    data = make(env, PPO(env, shared=shared), steps_per_rollout=60, num_envs=num_envs)
+    data = make(env, VectorPPO(env, shared=shared), steps_per_rollout=60, num_envs=num_envs)
     first, rows = data.trainer.lightning_module.policy.module[0], []
     first.module.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0][..., 0].numel()))
     raw, served = rollout_of(data)
@@ -193,11 +193,11 @@ class Three(Gym):
     """Three worlds as one environment."""
 
     def build(self):
-        return SerialEnv(3, super().build)
+        return _Serial(3, super().build)
 
 
 def test_an_environment_with_a_batch_of_its_own_has_rollouts_of_whole_steps():
-    agent = PPO(Gym(register()))
+    agent = VectorPPO(Gym(register()))
     _, served = rollout_of(make(Three(register()), agent, steps_per_rollout=42))
     assert served.shape == (42,)
     with pytest.raises(ValueError, match=r"has 42 steps, but .* is 40: .* which are 3\."):
@@ -219,11 +219,11 @@ def test_numbers_out_of_range_are_refused(options, message):
 
 
 def test_a_policy_without_values_and_a_loss_without_gae_are_refused():
-    agent = PPO(CARTPOLE)
+    agent = VectorPPO(CARTPOLE)
     agent.loss.make_value_estimator("td0", gamma=0.9)
     with pytest.raises(ValueError, match="is GAE, but ClipPPOLoss's is TD0Estimator"):
         next(iter(make(CARTPOLE, agent).train_dataloader()))
-    agent = PPO(CARTPOLE)
+    agent = VectorPPO(CARTPOLE)
     agent.policy = agent.policy[1:]
     with pytest.raises(ValueError, match=r"that writes 'state_value' .* \['action', "):
         next(iter(make(CARTPOLE, agent).train_dataloader()))
@@ -285,8 +285,8 @@ class Rates(Callback):
         self.applied.append({group["name"]: group["lr"] for group in optimizer.param_groups})
 
 
-def fit(agent: PPO, env: EnvFactory, *callbacks: Callback, ckpt_path=None) -> PPOData:
-    data = PPOData(
+def fit(agent: VectorPPO, env: EnvFactory, *callbacks: Callback, ckpt_path=None) -> VectorPPOData:
+    data = VectorPPOData(
         env, total_frames=120 * env.action_repeat, steps_per_rollout=40, epochs=2, minibatches=4,
         eval_episodes=1, eval_every=10_000,
     )  # fmt: skip
@@ -304,7 +304,7 @@ def fit(agent: PPO, env: EnvFactory, *callbacks: Callback, ckpt_path=None) -> PP
 def test_the_rate_applied_is_that_of_the_rollout(case, anneal):
     rates = Rates()
     env = Gym(register())
-    agent = PPO(env, case=case, anneal_lr=anneal)
+    agent = VectorPPO(env, case=case, anneal_lr=anneal)
     first = {group["name"]: group["lr"] for group in agent.build_optimizer().param_groups}
     assert len(set(first.values())) == (3 if case == "muon" else 2)
     data = fit(agent, env, rates)
@@ -316,14 +316,14 @@ def test_the_rate_applied_is_that_of_the_rollout(case, anneal):
 
 
 def test_a_resumed_run_ends_as_the_whole_one_bit_by_bit(tmp_path):
-    whole, rates = PPO(CARTPOLE, shared=True, anneal_lr=True), Rates()
+    whole, rates = VectorPPO(CARTPOLE, shared=True, anneal_lr=True), Rates()
     before = {name: value.clone() for name, value in whole.state_dict().items()}
     saved = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
     fit(whole, CARTPOLE, saved, rates)
     changed = [n for n, value in whole.state_dict().items() if not torch.equal(value, before[n])]
     assert len(changed) >= 8
     torch.manual_seed(1)
-    again, later = PPO(CARTPOLE, shared=True, anneal_lr=True), Rates()
+    again, later = VectorPPO(CARTPOLE, shared=True, anneal_lr=True), Rates()
     within_the_second_rollout = str(tmp_path / "step=10.ckpt")
     fit(again, CARTPOLE, later, ckpt_path=within_the_second_rollout)
     assert later.applied == rates.applied[10:]
