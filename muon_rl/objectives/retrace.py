@@ -276,7 +276,10 @@ class RetraceEstimator(ValueEstimatorBase):
         before_last = next_value.narrow(time, 0, reward.shape[time] - 1)
         later_q = before_last if q_value is None else _later(q_value, time)
         inputs = (reward, discount, next_value, later_q, trace)
-        returns = retrace_returns(*(x.to(reward.dtype).movedim(time, -1) for x in inputs))
+        # Rewards may be whole numbers: what they are added to is not.
+        dtype = torch.promote_types(reward.dtype, next_value.dtype)
+        dtype = dtype if dtype.is_floating_point else self.gamma.dtype
+        returns = retrace_returns(*(x.to(dtype).movedim(time, -1) for x in inputs))
         return returns.movedim(-1, time), q_value, ratio
 
     def _action_value(self, tensordict: TensorDictBase, reward: Tensor) -> Tensor | None:

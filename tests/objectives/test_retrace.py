@@ -328,6 +328,27 @@ def test_time_may_be_another_axis():
     assert_close(found.transpose(0, 1), wanted)
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.float64])
+def test_rewards_of_another_type_leave_values_as_they_are(kind):
+    td = make_data(2, 5)
+    td["next", "reward"] = torch.randint(-3, 4, (2, 5, 1)).float()
+    networks = {"value_network": make_critic(), "actor_network": make_actor()}
+    estimator = RetraceEstimator(gamma=0.9, **networks)
+    wanted = estimator(td.clone())
+    td["next", "reward"] = td["next", "reward"].to(kind)
+    found = estimator(td)
+    for key in ("advantage", "value_target"):
+        assert_close(found[key].float(), wanted[key])
+    for key in ("state_value", "policy_log_prob"):
+        td[key] = torch.zeros(2, 5, 1, dtype=kind)
+    td["next", "state_value"] = torch.ones(2, 5, 1, dtype=kind)
+    bare = RetraceEstimator(gamma=0.5)(
+        td.select("state_value", "policy_log_prob", "action_log_prob", "next")
+    )
+    last = td["next", "reward"][:, -1] + 0.5 * ~td["next", "terminated"][:, -1]
+    assert_close(bare["value_target"][:, -1], last, check_dtype=False)
+
+
 def test_a_q_network_reads_the_action_and_leaves_the_data_alone():
     actor, critic, td = make_actor(), make_critic(), make_data(2, 5)
     q_network = TensorDictModule(
