@@ -52,7 +52,8 @@ def log_prob_of(policy: Distribution, data: TensorDictBase, action: NestedKey) -
 
     Args:
         policy: over actions; of a composite one the sum over its parts.
-        data: with the actions, ``(*batch,)``; one-hot ones may be bool, as their spec's are.
+        data: with the actions, ``(*batch,)``; one-hot ones may be bool, as their spec's are, and
+            numbers may have an axis of one more.
         action: their key; not read by a composite distribution, which knows its keys.
 
     Example:
@@ -66,6 +67,8 @@ def log_prob_of(policy: Distribution, data: TensorDictBase, action: NestedKey) -
         with set_composite_lp_aggregate(True):
             return policy.log_prob(data)
     taken = data.get(action)
+    if taken.shape == (*policy.batch_shape, 1) and not policy.event_shape:
+        taken = taken.squeeze(-1)  # else it is broadcast against the whole batch
     # TorchRL's one-hot distribution takes an argmax, which torch has not for bool.
     return policy.log_prob(taken.int() if taken.dtype == torch.bool else taken)
 

@@ -30,6 +30,16 @@ def test_one_hot_actions_may_be_of_any_type(masked):
         assert_close(log_prob_of(policy, data, "action"), expected)
 
 
+def test_an_action_may_have_an_axis_of_one_more():
+    """Else a batch of n actions has n * n log-probabilities."""
+    for batch in ((5,), (3, 3)):
+        policy = Categorical(logits=torch.randn(*batch, 4))
+        action = torch.randint(4, batch)
+        expected = policy.log_prob(action)
+        data = TensorDict(action=action.unsqueeze(-1), batch_size=batch)
+        assert_close(log_prob_of(policy, data, "action"), expected)
+
+
 def test_of_a_composite_action_the_parts_add_up():
     logits, loc = torch.randn(5, 3), torch.randn(5)
     params = {"move": {"logits": logits}, "force": {"loc": loc, "scale": torch.ones(5)}}
