@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import (
@@ -9,7 +11,7 @@ from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     set_composite_lp_aggregate,
 )
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, expand_right
 from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.objectives import LossModule
@@ -161,6 +163,54 @@ def loss_mask(loss: LossModule, data: TensorDictBase, like: Tensor) -> Tensor | 
             mask = loss._expand_loss_mask(mask, like)
             found = mask if found is None else found & mask
     return found
+
+
+def without_padding(
+    loss: LossModule, data: TensorDictBase, keys: Iterable[NestedKey]
+) -> TensorDictBase:
+    """Return some keys of the data, where floats of the steps that do not count are 0.
+
+    Padding may be NaN, and a gradient of 0 times NaN is NaN: so no network is to read it.
+
+    Args:
+        loss: whose ``loss_mask_key`` says which they are.
+        data: of a step each; left as they are.
+        keys: what to return, of what is there.
+    """
+    found = data.select(*keys, strict=False)
+    masks = [data.get(key, None) for key in loss._loss_mask_keys()]
+    for mask in (x.squeeze(-1) if x.shape[-1:] == (1,) else x for x in masks if x is not None):
+
+        def cleaned(x: Tensor, mask: Tensor = mask) -> Tensor:
+            if not x.is_floating_point() or x.shape[: mask.ndim] != mask.shape:
+                return x
+            return torch.where(expand_right(mask, x.shape), x, 0.0)
+
+        found = found.apply(cleaned)
+    return found
+
+
+def reduced(loss: LossModule, data: TensorDictBase, each: Tensor) -> Tensor:
+    """Return the losses of the steps as one, or as ``reduction`` says; weighed by priorities.
+
+    Args:
+        loss: whose ``reduction``, masks and ``priority_weight`` hold.
+        data: with masks and weights, if there are any; weights ``(*batch,)`` or, of sequences,
+            with fewer axes or one more.
+        each: ``(*batch,)``.
+    """
+    weights = loss._maybe_get_priority_weight(data)
+    if weights is None:
+        return loss._reduce_loss(each, data)
+    weights = loss._expand_loss_mask(weights, each)
+    if loss.reduction != "mean":
+        return loss._reduce_loss(each, data, weights=weights)
+    mask = loss_mask(loss, data, each)
+    if mask is not None:
+        each, weights = (torch.where(mask, x, 0.0) for x in (each, weights))
+    total = weights.sum()
+    # TorchRL's is 0 / 0 where all is masked.
+    return (each * weights).sum() / torch.where(total == 0, 1.0, total)
 
 
 def per_step(x: Tensor, like: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import LossModule
 
 from muon_rl.choices import REDUCTIONS, check_choice
-from muon_rl.objectives.acting import loss_mask, next_key
+from muon_rl.objectives.acting import loss_mask, next_key, reduced, without_padding
 from muon_rl.objectives.action_values import ActionValues, values_of_all, values_of_samples
 from muon_rl.objectives.divergences import DIVERGENCES
 from muon_rl.objectives.lookahead import PRIOR_ACTION_VALUE, PRIOR_STATE_VALUE
@@ -206,18 +206,20 @@ class CMPOLoss(LossModule):
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Return the loss and its metrics, and write the target policy into the data."""
-        policy = self._policy(tensordict, self.actor_network_params)
+        inputs = [*self.actor_network.in_keys, *self.q_network.in_keys, *self.in_keys]
+        data = without_padding(self, tensordict, [*inputs, *map(next_key, inputs)])
+        policy = self._policy(data, self.actor_network_params)
         discrete = is_discrete(policy)
         with torch.no_grad():
-            seen = self._look(tensordict, discrete)
+            seen = self._look(data, discrete)
             mean, moment = seen.mean(seen.advantage), seen.mean(seen.advantage.square())
             clip = (self.advantage_clip_min, self.advantage_clip_max)
             options: dict[str, Any] = {"scale": self._scale(tensordict, seen), "clip": clip}
             target = self._write(tensordict, seen, options)
-            ahead = (tensordict.get(("next", key), None) for key in self._network_keys)
+            ahead = (data.get(next_key(key), None) for key in self._network_keys)
             if self.next_targets and all(x is not None for x in ahead):
-                following = tensordict.get("next")
-                self._write(following, self._look(following, discrete, at_next=True), options)
+                following = self._look(data.get("next"), discrete, at_next=True)
+                self._write(tensordict.get("next"), following, options)
         if seen.action is None:
             log_prob = all_log_probs(policy)
             divergence = DIVERGENCES[self.divergence](target, log_prob)
@@ -226,14 +228,13 @@ class CMPOLoss(LossModule):
             divergence = -(target * log_prob).mean(0)
         kl, tv = seen.distances(log_prob.detach(), **options)
         loss = self.kl_coef * divergence
-        weights = self._maybe_get_priority_weight(tensordict)
 
         def average(x: Tensor) -> Tensor:
             return self._reduce_loss(x.detach(), tensordict, reduction="mean")
 
         variance = average(moment) - average(mean).square()
         out = {
-            "loss_cmpo": self._reduce_loss(loss, tensordict, weights=weights),
+            "loss_cmpo": reduced(self, tensordict, loss),
             "cmpo_loss": average(loss),
             "cmpo_kl_loss": average(divergence),
             "cmpo_kl": average(kl),

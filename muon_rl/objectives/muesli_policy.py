@@ -15,7 +15,14 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from muon_rl.choices import REDUCTIONS, check_choice
-from muon_rl.objectives.acting import log_prob_of, per_step, required, summed_log_prob
+from muon_rl.objectives.acting import (
+    log_prob_of,
+    per_step,
+    reduced,
+    required,
+    summed_log_prob,
+    without_padding,
+)
 from muon_rl.objectives.actor_critic import ActorCriticLoss
 from muon_rl.objectives.judging import (
     entropy_of,
@@ -184,7 +191,7 @@ class MuesliPolicyLoss(ActorCriticLoss):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Return the losses and their metrics."""
         keys = self.tensor_keys
-        data = tensordict.clone(recurse=False)
+        data = without_padding(self, tensordict.clone(recurse=False), tensordict.keys())
         policy = self._policy(data)
         log_prob = log_prob_of(policy, data, keys.action)
         behaviour = summed_log_prob(required(data, keys.sample_log_prob, COLLECT)).detach()
@@ -199,17 +206,13 @@ class MuesliPolicyLoss(ActorCriticLoss):
         if self.max_importance_ratio is not None:
             excess = (log_ratio.detach() - math.log(self.max_importance_ratio)).clamp(min=0.0)
             log_weight = log_ratio - excess
-        weights = self._maybe_get_priority_weight(data)
-
-        def reduced(x: Tensor) -> Tensor:
-            return self._reduce_loss(x, data, weights=weights)
 
         def average(x: Tensor) -> Tensor:
             return self._reduce_loss(x.detach(), data, reduction="mean")
 
         here = torch.ones_like(ratio, dtype=torch.bool) if mask is None else mask
         out = {
-            "loss_policy": reduced(-log_weight.exp() * scaled),
+            "loss_policy": reduced(self, data, -log_weight.exp() * scaled),
             "entropy": average(entropy_of(policy)),
             "ratio_mean": average(ratio),
             "ratio_max": torch.where(here, ratio, 0.0).max(),
@@ -219,7 +222,7 @@ class MuesliPolicyLoss(ActorCriticLoss):
         if self.critic_network is not None and target is not None:
             target = per_step(target, log_prob).detach()
             value, loss = self._value(data, target)
-            out["loss_value"] = reduced(self.value_pred_coef * loss)
+            out["loss_value"] = reduced(self, data, self.value_pred_coef * loss)
             out["explained_variance"] = explained_variance(value, target, here)
         return TensorDict(out, [])
 

@@ -8,12 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
-from tensordict.utils import NestedKey, expand_right
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from muon_rl.choices import REDUCTIONS, check_choice
-from muon_rl.objectives.acting import loss_mask, next_key, per_step, required
+from muon_rl.objectives.acting import (
+    loss_mask,
+    next_key,
+    per_step,
+    reduced,
+    required,
+    without_padding,
+)
 from muon_rl.objectives.model_parts import is_listed, model_of
 from muon_rl.objectives.windows import UnrollMasks, unroll_masks, unroll_targets, unroll_windows
 from muon_rl.unroll import unroll
@@ -164,13 +171,8 @@ class UnrollLoss(LossModule):
         mask = loss_mask(self, tensordict, reward)
         valid = torch.ones_like(done) if mask is None else mask
         nexts = [next_key(key) for key in self._model_keys]
-        data = tensordict.select(*self._model_keys, keys.action, *nexts, strict=False)
+        data = without_padding(self, tensordict, [*self._model_keys, keys.action, *nexts])
         data.batch_size = reward.shape
-        if mask is not None:
-            # Where padding is NaN, so would be the gradient, though the loss is 0.
-            data = data.apply(
-                lambda x: torch.where(expand_right(valid, x.shape), x, torch.zeros_like(x))
-            )
         seen = all(data.get(key, None) is not None for key in nexts)
         return Slices(data, reward, terminated, done & ~terminated, valid, seen)
 
@@ -232,8 +234,7 @@ class UnrollLoss(LossModule):
         return torch.where(mask, loss, 0.0).sum(-1) * slices.valid.sum() / count
 
     def _reduced(self, tensordict: TensorDictBase, loss: Tensor) -> Tensor:
-        weights = self._maybe_get_priority_weight(tensordict)
-        return self._reduce_loss(loss, tensordict, weights=weights)
+        return reduced(self, tensordict, loss)
 
     def _average(self, tensordict: TensorDictBase, loss: Tensor) -> Tensor:
         return self._reduce_loss(loss.detach(), tensordict, reduction="mean")

@@ -200,8 +200,9 @@ class LossContract:
                 assert value.dtype == torch.float64
                 value.backward(retain_graph=True)
 
+    @pytest.mark.parametrize("fill", [7.0, float("nan")])
     @pytest.mark.parametrize("key", [("collector", "mask"), "shifted_valid"])
-    def test_masked_steps_change_nothing(self, key):
+    def test_masked_steps_change_nothing(self, key, fill):
         one, other = self.pair()
         data = self.data(3, 4)
         mask = torch.rand(3, 4, 1) > 0.4
@@ -210,7 +211,7 @@ class LossContract:
         for name, value in data.items(True, True):
             if value.is_floating_point():
                 where = mask.reshape(3, 4, *(1,) * (value.ndim - 2))
-                garbage[name] = torch.where(where, value, 30.0 * value + 7.0)
+                garbage[name] = torch.where(where, value, 30.0 * value + fill)
         outs = [self.run(one, data), self.run(other, garbage)]
         assert_close(outs[0], outs[1])
         for loss, out in zip((one, other), outs, strict=True):
@@ -230,6 +231,25 @@ class LossContract:
             assert out[term].item() == 0
             out[term].backward(retain_graph=True)
         assert not any(g is not None and g.any() for g in self.gradients(loss))
+        data["priority_weight"] = torch.ones(3, 4)
+        out = self.run(loss, data)
+        assert [out[term].item() for term in self.reaches] == [0.0] * len(self.reaches)
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_priority_weights_weigh(self, masked):
+        data = self.data(3, 4)
+        if masked:
+            data["collector", "mask"] = torch.rand(3, 4, 1) > 0.4
+        each = self.run(self.make(reduction="none"), data.clone())
+        for shape in ((3, 4), (3, 4, 1)):  # as replay has it, and with the axis of rewards
+            weighed, weight = data.clone(), torch.rand(shape)
+            weighed["priority_weight"] = weight
+            weight = weight.reshape(3, 4)
+            if masked:
+                weight = weight * data["collector", "mask"].squeeze(-1)
+            found = self.run(self.make(), weighed)
+            for term in self.reaches:
+                assert_close(found[term], (weight * each[term]).sum() / weight.sum())
 
     @pytest.mark.parametrize("batch", [(1,), (1, 1), (3, 1), (1, 5)])
     def test_small_batches(self, batch):

@@ -13,7 +13,7 @@ from torchrl.data import OneHot
 from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
 
 from muon_rl.objectives import DynamicsLoss
-from muon_rl.objectives.acting import log_prob_of, loss_mask
+from muon_rl.objectives.acting import log_prob_of, loss_mask, without_padding
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -64,3 +64,35 @@ def test_a_step_counts_if_all_masks_say_so():
     assert loss_mask(loss, data, like).tolist() == [[True, False, True, False]]
     loss.loss_mask_key = None
     assert loss_mask(loss, data, like) is None
+
+
+def test_a_sequence_may_have_one_priority():
+    loss, data = DynamicsLoss(small_model(), reduction="none"), sequences(3, 4)
+    each = loss(data.clone())["loss_dynamics_reward"]
+    data.batch_size = data["next"].batch_size = [3]
+    data["priority_weight"] = weight = torch.rand(3)
+    loss.reduction = "mean"
+    found = loss(data)["loss_dynamics_reward"]
+    assert_close(found, (weight.unsqueeze(-1) * each).sum() / (4 * weight.sum()))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 1), (2, 3, 1), (2, 3)])
+def test_padding_is_zero_whatever_the_axes(shape):
+    loss, batch = DynamicsLoss(small_model()), shape[:2]
+    mask = torch.rand(shape) > 0.5
+    mask[0], mask[1, 0] = True, False
+    data = TensorDict(
+        x=torch.full((*batch, 5), torch.nan),
+        n=torch.ones(batch).long(),
+        one=torch.ones(batch),
+        batch_size=batch,
+    )
+    data["collector", "mask"] = mask
+    flat = mask.reshape(batch)
+    found = without_padding(loss, data, ["x", "n", "one", "none"])
+    assert set(found.keys()) == {"x", "n", "one"}
+    assert torch.equal(found["x"].isnan().all(-1), flat)
+    assert torch.equal((found["x"] == 0).all(-1), ~flat)
+    assert torch.equal(found["one"], flat.float())
+    assert found["n"].all()
+    assert data["x"].isnan().all()

@@ -141,13 +141,6 @@ class TestCategorical(DiscreteContract):
         self.run(self.make(next_targets=False), data)
         assert data.get(("next", "cmpo"), None) is None
 
-    def test_priority_weights_weigh(self):
-        data = self.data(5)
-        each = self.run(self.make(reduction="none"), data.clone())["loss_cmpo"]
-        data["priority_weight"] = weight = torch.rand(5)
-        found = self.run(self.make(), data)["loss_cmpo"]
-        assert_close(found, (weight * each).sum() / weight.sum())
-
 
 class TestOneHot(DiscreteContract):
     kind = "one-hot"

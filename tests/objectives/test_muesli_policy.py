@@ -385,16 +385,6 @@ def test_a_target_or_behaviour_with_a_gradient_gets_none():
     assert all(data[name].grad is None for name in names)
 
 
-def test_priority_weights_weigh():
-    contract = TestCategorical()
-    data = contract.data(5)
-    each = contract.run(contract.make(reduction="none"), data.clone())
-    data["priority_weight"] = weight = torch.rand(5)
-    found = contract.run(contract.make(), data)
-    for term in contract.reaches:
-        assert_close(found[term], (weight * each[term]).sum() / weight.sum())
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
