@@ -121,6 +121,17 @@ class LossSequence(LossModule):
     def _all(self) -> dict[str, Any]:
         return dict(self.losses.items())
 
+    def _single(self) -> dict[str, Any]:
+        """Return the losses by name, those of a sequence within as ``"outer.inner"``."""
+        found: dict[str, Any] = {}
+        for name, loss in self._all().items():
+            within = loss._single() if isinstance(loss, LossSequence) else None
+            if within is None:
+                found[name] = loss
+            else:
+                found.update({f"{name}.{inner}": each for inner, each in within.items()})
+        return found
+
     def _on(self) -> Iterator[tuple[str, Any]]:
         return ((name, loss) for name, loss in self._all().items() if self._enabled[name])
 
@@ -132,6 +143,9 @@ class LossSequence(LossModule):
         """
         if not any(self._enabled.values()):
             raise ValueError("LossSequence needs at least one loss that is on, but all are off.")
+        for _, loss in self._on():
+            if isinstance(loss, LossSequence):
+                loss.check()
         check_order(self._all(), self._enabled, self.policy)
 
     # -- as a loss ---------------------------------------------------------------------------------
@@ -201,7 +215,7 @@ class LossSequence(LossModule):
         for name, key in kwargs.items():
             takers = [
                 loss
-                for loss in self._all().values()
+                for loss in self._single().values()
                 if name in getattr(loss._AcceptedKeys, "__dataclass_fields__", {})
             ]
             if not takers:
@@ -244,7 +258,7 @@ class LossSequence(LossModule):
         own = LossModule.make_value_estimator
         return {
             name: loss
-            for name, loss in self._all().items()
+            for name, loss in self._single().items()
             if type(loss).make_value_estimator is not own
         }
 

@@ -232,6 +232,41 @@ def test_value_estimators_go_to_those_that_estimate():
         _ = LossSequence({"cmpo": losses["cmpo"]}).value_estimator
 
 
+def test_what_goes_to_all_goes_into_a_sequence_within():
+    losses = real(MuesliPolicyLoss)
+    inner = LossSequence({"cmpo": losses["cmpo"]})
+    outer = LossSequence({"inner": inner, "policy": losses["policy"]})
+    outer.set_keys(value_target="wanted", cmpo_log_prob="better")
+    assert {loss.tensor_keys.value_target for loss in losses.values()} == {"wanted"}
+    assert losses["cmpo"].tensor_keys.cmpo_log_prob == "better"
+    outer.make_value_estimator(gamma=0.5)
+    assert float(outer.value_estimator.gamma) == 0.5
+    outer = LossSequence(
+        {"inner": LossSequence({"policy": losses["policy"]}), "cmpo": losses["cmpo"]}
+    )
+    outer.make_value_estimator(gamma=0.25)
+    assert float(losses["policy"].value_estimator.gamma) == 0.25
+    two = LossSequence(
+        {"inner": outer.losses["inner"], "ppo": real(ClipPPOLoss)["policy"]}, enabled={"ppo": False}
+    )
+    with pytest.raises(ValueError, match=r"there are inner\.policy, ppo: ask"):
+        _ = two.value_estimator
+    targets(losses)
+    data = rollout(2, 4)
+    total(outer(data)).backward()
+    assert "better" in data
+
+
+def test_keys_that_break_a_sequence_within_are_refused():
+    inner = LossSequence(fakes("cmpo", "dynamics", "muesli_model"))
+    outer = LossSequence({"inner": inner})
+    outer.check()
+    inner.losses["muesli_model"].set_keys(cmpo_log_prob=("my", "target"))
+    with pytest.raises(ValueError, match=r"'muesli_model' reads .*'my', 'target'"):
+        outer.check()
+    outer.set_keys(cmpo_log_prob=("my", "target"))
+
+
 def test_masks_and_resets_go_to_all():
     losses = real(MuesliPolicyLoss)
     sequence = LossSequence(losses)
