@@ -161,7 +161,8 @@ class UnrollLoss(LossModule):
                 f"{next_key(keys.reward)!r} has shape {tuple(reward.shape)}: (*batch, T, 1) is "
                 "needed."
             )
-        reward = reward.squeeze(-1)
+        if reward.ndim > tensordict.batch_dims:  # else the last axis is time, be it of one step
+            reward = reward.squeeze(-1)
         terminated = tensordict.get(next_key(keys.terminated), None)
         done = tensordict.get(next_key(keys.done), terminated)
         if done is None:

@@ -238,14 +238,14 @@ def test_sequences_may_be_joined_where_they_are_truncated():
     assert_close(loss(data.clone()), loss(data.clone().flatten()))
 
 
-def test_priority_weights_weigh():
-    data = sequences(2, 3)
-    loss = DynamicsLoss(small_model(), reduction="none")
-    each = loss(data.clone())["loss_dynamics_reward"]
-    data["priority_weight"] = weight = torch.rand(2, 3)
-    loss.reduction = "mean"
-    found = loss(data)["loss_dynamics_reward"]
-    assert_close(found, (weight * each).sum() / weight.sum())
+@pytest.mark.parametrize("steps", [1, 4])
+def test_numbers_a_step_need_no_axis_of_one(steps):
+    loss, data = DynamicsLoss(small_model()), sequences(3, steps)
+    flat = data.clone()
+    for key in (("next", "reward"), ("next", "done"), ("next", "terminated"), "value_target"):
+        flat[key] = flat[key].squeeze(-1)
+    assert_close(loss(flat), loss(data))
+    assert_close(flat["unroll"], data["unroll"])
 
 
 def test_an_lstm_runs_along_the_sequence():
