@@ -135,6 +135,23 @@ def test_cmpo_trains_without_a_model():
     assert moved == set(before)
 
 
+def test_cmpo_beside_sac_values_actions_by_the_critic_that_sac_trains():
+    names = run(program(PAGE, "sac"))
+    loss, sac, cmpo = (names[key] for key in ("loss", "sac", "cmpo"))
+    flags = {key: torch.zeros(16, 1, dtype=torch.bool) for key in ("done", "terminated")}
+    after = {"observation": torch.randn(16, 3), "reward": torch.randn(16, 1), **flags}
+    now = {"observation": torch.randn(16, 3), "action": 2 * torch.rand(16, 1) - 1, "next": after}
+    data = TensorDict(now, [16])
+    before = {name: p.clone() for name, p in loss.named_parameters()}
+    prior = cmpo.target_q_network_params.data.clone()
+    for _ in range(3):
+        out = loss(data)
+        names["step"](sum(value for key, value in out.items() if key.startswith("loss_")))
+    assert all(not torch.equal(p, before[name]) for name, p in loss.named_parameters())
+    assert (cmpo.q_network_params.data == sac.qvalue_network_params.data[0]).all()
+    assert not (cmpo.target_q_network_params.data == prior).any()
+
+
 def cells(text: str) -> list:
     """Return what stands in backticks, as keys."""
     found = re.findall(r"`([^`]+)`", text)

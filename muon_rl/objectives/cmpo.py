@@ -60,7 +60,8 @@ class CMPOLoss(LossModule):
         q_network: writes ``action_value`` ``(*batch, A)``, whose mean under the prior is
             :math:`v`; or, for continuous actions, ``state_action_value`` ``(*batch, 1)`` of
             ``action``, with the mean of the N as :math:`v`; or a
-            :class:`~muon_rl.objectives.OneStepLookahead`. It is trained elsewhere.
+            :class:`~muon_rl.objectives.OneStepLookahead`. It is trained elsewhere: by SACLoss and
+            TD3Loss only in copies, of which ``docs/muesli.md`` copies one back.
         kl_coef: :math:`\lambda`, dimensionless; may be assigned while training.
         advantage_clip_min: :math:`-c`, dimensionless.
         advantage_clip_max: :math:`c`, dimensionless.
