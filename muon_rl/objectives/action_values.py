@@ -59,8 +59,16 @@ class ActionValues(NamedTuple):
             value_target: whose distance from the state's value it is, reward units, ``(*batch)``
                 or ``(*batch, 1)``. Without it they are two numbers that have the mean and the
                 second moment of the state's advantages.
+
+        Raises:
+            ValueError: if there is not one target a state.
         """
         if value_target is not None:
+            if value_target.numel() != self.value.numel():
+                raise ValueError(
+                    f"CMPO needs one value target a state, of shape {tuple(self.value.shape)} or "
+                    f"with an axis of one more, but it has {tuple(value_target.shape)}."
+                )
             return (value_target.reshape(self.value.shape) - self.value).unsqueeze(-1)
         mean = self.mean(self.advantage)
         deviation = self.mean((self.advantage - mean.unsqueeze(self.actions)).square()).sqrt()

@@ -221,6 +221,14 @@ class TestContinuous(DiscreteContract):
             assert (td["cmpo", "weight"] > 0).all()
 
 
+def test_a_value_target_of_several_numbers_is_refused():
+    suite = TestCategorical()
+    data = suite.data(4)
+    data["value_target"] = torch.randn(4, 2)
+    with pytest.raises(ValueError, match=r"one value target a state, of shape .* has \(4, 2\)"):
+        suite.run(suite.make(), data)
+
+
 @pytest.mark.parametrize("kind", ["categorical", "tanh"])
 def test_one_number_a_state_is_refused(kind):
     key = "action_value" if kind == "categorical" else "state_action_value"
