@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.objectives import LossModule
 
+COLLECTED = "A TorchRL collector writes it; name another key by set_keys()."
+
 
 def log_prob_taken(
     actor: ProbabilisticTensorDictSequential, tensordict: TensorDictBase, action_key: NestedKey
@@ -143,6 +145,27 @@ def required(tensordict: TensorDictBase, key: NestedKey, remedy: str) -> Tensor:
     if found is None:
         raise KeyError(f"The data hold no {key!r}. {remedy}")
     return found
+
+
+def ends(data: TensorDictBase, done: NestedKey, terminated: NestedKey) -> tuple[Tensor, Tensor]:
+    """Return where episodes end, and where they end in a terminal state.
+
+    Args:
+        data: with one of the two flags under ``"next"``, or both, as TorchRL's environments write
+            them. Without ``done``, ``"truncated"`` counts beside ``terminated``, if it is there.
+        done: key of the one.
+        terminated: key of the other; where it is not there, all ends are terminal.
+
+    Raises:
+        KeyError: if neither is there.
+    """
+    finished, terminal = data.get(next_key(done), None), data.get(next_key(terminated), None)
+    if finished is None and terminal is not None:
+        truncated = data.get(("next", "truncated"), None)
+        finished = terminal if truncated is None else terminal | truncated.reshape(terminal.shape)
+    if finished is None:
+        finished = required(data, next_key(done), COLLECTED)
+    return finished, finished if terminal is None else terminal
 
 
 def loss_mask(loss: LossModule, data: TensorDictBase, like: Tensor) -> Tensor | None:

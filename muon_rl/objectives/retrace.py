@@ -22,6 +22,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from muon_rl.choices import check_choice
 from muon_rl.objectives.acting import (
+    ends,
     log_prob_taken,
     per_step,
     required,
@@ -256,8 +257,7 @@ class RetraceEstimator(ValueEstimatorBase):
                 "MultiStep writes it. Take MultiStep away: Retrace looks further ahead by itself."
             )
         reward = tensordict.get(("next", keys.reward))
-        done = tensordict.get(("next", keys.done))
-        terminated = tensordict.get(("next", keys.terminated), done)
+        done, terminated = ends(tensordict, keys.done, keys.terminated)
         time = self._get_time_dim(time_dim, tensordict)
         q_value = self._action_value(tensordict, reward)
         behaviour = summed_log_prob(required(tensordict, keys.sample_log_prob, COLLECT))

@@ -14,6 +14,8 @@ from torchrl.objectives import LossModule
 
 from muon_rl.choices import REDUCTIONS, check_choice
 from muon_rl.objectives.acting import (
+    COLLECTED,
+    ends,
     loss_mask,
     next_key,
     per_step,
@@ -29,7 +31,6 @@ VALUE_TARGET = (
     "A value estimator writes it (RetraceEstimator, or TorchRL's GAE): run it over the data before "
     "this loss, or name the key by set_keys(value_target=...)."
 )
-COLLECTED = "A TorchRL collector writes it; name another key by set_keys()."
 SCALAR_LOSSES = ("two_hot", "mse")
 
 
@@ -163,12 +164,8 @@ class UnrollLoss(LossModule):
             )
         if reward.ndim > tensordict.batch_dims:  # else the last axis is time, be it of one step
             reward = reward.squeeze(-1)
-        terminated = tensordict.get(next_key(keys.terminated), None)
-        done = tensordict.get(next_key(keys.done), terminated)
-        if done is None:
-            done = required(tensordict, next_key(keys.done), COLLECTED)
-        done = per_step(done, reward)
-        terminated = done if terminated is None else per_step(terminated, reward)
+        flags = ends(tensordict, keys.done, keys.terminated)
+        done, terminated = (per_step(flag, reward) for flag in flags)
         mask = loss_mask(self, tensordict, reward)
         valid = torch.ones_like(done) if mask is None else mask
         nexts = [next_key(key) for key in self._model_keys]

@@ -13,7 +13,7 @@ from torchrl.data import OneHot
 from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
 
 from muon_rl.objectives import DynamicsLoss
-from muon_rl.objectives.acting import log_prob_of, loss_mask, without_padding
+from muon_rl.objectives.acting import ends, log_prob_of, loss_mask, without_padding
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -50,6 +50,23 @@ def test_of_a_composite_action_the_parts_add_up():
     expected = Categorical(logits=logits).log_prob(data["move"])
     expected = expected + Normal(loc, 1.0).log_prob(data["force"])
     assert_close(log_prob_of(policy, data, "not read"), expected)
+
+
+def test_ends_are_known_from_any_of_torchrls_flags():
+    loss, data = DynamicsLoss(small_model()), sequences(2, 6)
+    data["next", "truncated"] = torch.zeros(2, 6, 1, dtype=torch.bool)
+    data["next", "done"][:, 1] = data["next", "terminated"][:, 1] = True
+    data["next", "done"][:, 3] = data["next", "truncated"][:, 3] = True
+    for lost in (("next", "done"), ("next", "truncated")):
+        less = data.clone().exclude(lost)
+        done, terminated = ends(less, "done", "terminated")
+        assert torch.equal(done, data["next", "done"])
+        assert torch.equal(terminated, data["next", "terminated"])
+        assert_close(loss(less), loss(data.clone()))
+    less = less.exclude(("next", "terminated"))
+    assert torch.equal(torch.stack(ends(less, "done", "terminated")), done.expand(2, *done.shape))
+    with pytest.raises(KeyError, match=r"no \('next', 'done'\)\. A TorchRL collector"):
+        ends(less.exclude(("next", "done")), "done", "terminated")
 
 
 def test_a_step_counts_if_all_masks_say_so():

@@ -316,6 +316,15 @@ def test_agents_have_returns_of_their_own():
         assert_close(found[:, :, agent], estimator(alone)["value_target"])
 
 
+def test_without_done_the_other_flags_say_where_episodes_end():
+    td = make_data(3, 9)
+    networks = {"value_network": make_critic(), "actor_network": make_actor()}
+    wanted = RetraceEstimator(gamma=0.9, **networks)(td.clone())["value_target"]
+    td["next", "truncated"] = td["next"].pop("done") & ~td["next", "terminated"]
+    assert td["next", "truncated"].any()
+    assert_close(RetraceEstimator(gamma=0.9, **networks)(td)["value_target"], wanted)
+
+
 def test_time_may_be_another_axis():
     actor, critic, td = make_actor(), make_critic(), make_data(2, 5)
     networks = {"value_network": critic, "actor_network": actor}
