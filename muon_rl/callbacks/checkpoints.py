@@ -41,11 +41,17 @@ class Checkpoints(ModelCheckpoint):
         self.folder = folder
         self.enabled = enabled
         self.saved_frames: int | None = None  # of the last checkpoint
+        self._training = False
 
     @property
     def last_path(self) -> Path:
         """Where the last checkpoint is saved."""
         return Path(self.dirpath or self.folder) / "last.ckpt"
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save from now on: what a resumed run goes on from has been restored."""
+        super().on_train_start(trainer, pl_module)
+        self._training = True
 
     def on_train_batch_end(self, *_: object) -> None:
         """Save nothing: an evaluation, the end or a stop does."""
@@ -64,6 +70,9 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Save the last checkpoint, unless a second Ctrl-C asks for no delay."""
+        # Half restored, a run would overwrite the checkpoint that it was to go on from.
+        if not self._training:
+            return
         # Numbers that are not finite may lie in the buffer: what was saved before them is better.
         if isinstance(exception, (KeyboardInterrupt, FloatingPointError)):
             return
