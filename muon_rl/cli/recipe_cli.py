@@ -203,6 +203,9 @@ class RecipeCLI(LightningCLI):
         if optimizer is not None:
             runs.check_schedule(self.checkpoint, self._config_text)
             runs.check_optimizer(self.checkpoint, optimizer)
+            # Lightning keeps a data module's state under its class's name.
+            state = self.checkpoint.get(type(self.datamodule).__qualname__, {})
+            self.datamodule.check_contents(state.get("contents", {}))
         frames = self.checkpoint["muon_rl"]["frames"]
         if self.subcommand == "fit" and frames >= self.datamodule.total_frames:
             raise ConfigError(

@@ -27,7 +27,8 @@ class AgentData(L.LightningDataModule, ABC):
 
     Subclasses implement :meth:`make_collector` on a recipe's page, and :attr:`total_updates`,
     :attr:`is_up_to_date` and :meth:`batches` for a kind of data (replay, rollouts, sequences).
-    What they hold beyond that goes in :meth:`contents` and :meth:`load_contents`.
+    What they hold beyond that goes in :meth:`contents` and :meth:`load_contents`, and what of it
+    does not fit them is refused in :meth:`check_contents`.
 
     Args:
         env: makes the training and the evaluation environment.
@@ -124,6 +125,13 @@ class AgentData(L.LightningDataModule, ABC):
     def contents(self) -> dict[str, Any]:
         """Return what a kind of data holds, as tensors and numbers."""
         return {}
+
+    def check_contents(self, contents: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if :meth:`load_contents` cannot take these.
+
+        Args:
+            contents: of a checkpoint, read before a run goes on from it.
+        """
 
     def load_contents(self, contents: dict[str, Any]) -> None:
         """Take back what :meth:`contents` returned.
@@ -245,9 +253,12 @@ class AgentData(L.LightningDataModule, ABC):
             return
         carrier = TensorDict.from_dict(state_dict["carrier"], auto_batch_size=False)
         ours = self.collector._carrier
-        # Another number of environments begins new episodes, as one that cannot tell its state.
+        # Another number of environments begins new episodes, as one that cannot tell its state or,
+        # in a process of its own, take it.
         self.continues_episodes = (
-            state_dict["env"] is not None and carrier["done"].shape == ours["done"].shape
+            state_dict["env"] is not None
+            and states_of(self.env, self.collector.env) is not None
+            and carrier["done"].shape == ours["done"].shape
         )
         collector = dict(state_dict["collector"])
         if not self.continues_episodes:
@@ -257,6 +268,7 @@ class AgentData(L.LightningDataModule, ABC):
             load_states(self.env, self.collector.env, state_dict["env"])
             ours.update(carrier)
         if "contents" in state_dict:
+            self.check_contents(state_dict["contents"])
             self.load_contents(state_dict["contents"])
         # Set when the stream starts: what lies between may still draw random numbers.
         self._random_state = state_dict["random"]

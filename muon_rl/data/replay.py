@@ -179,14 +179,14 @@ class ReplayData(AgentData):
         waiting = self.multi_step and self.multi_step._buffer
         return {} if waiting is None else waiting.clone().to_dict(retain_none=False)
 
-    def load_contents(self, contents: dict[str, Any]) -> None:
-        """Take back transitions, each to its old place, and the places of writer and sampler."""
+    def check_contents(self, contents: dict[str, Any]) -> None:
+        """Raise if the transitions do not fit in the buffer or sum another number of rewards."""
         if not contents:
             return
-        transitions = TensorDict.from_dict(contents["transitions"], batch_dims=1)
-        if len(transitions) > self.buffer_size:
+        number = len(TensorDict.from_dict(contents["transitions"], batch_dims=1))
+        if number > self.buffer_size:
             raise ValueError(
-                f"The checkpoint holds {len(transitions)} transitions, but data.buffer_size is "
+                f"The checkpoint holds {number} transitions, but data.buffer_size is "
                 f"{self.buffer_size}: raise it to at least as many."
             )
         if ("steps_to_next_obs" in contents["transitions"]) != (self.n_steps > 1):
@@ -194,6 +194,12 @@ class ReplayData(AgentData):
                 "The checkpoint's transitions were collected with another data.n_steps than "
                 f"{self.n_steps}: set it as it was, or begin a fresh run."
             )
+
+    def load_contents(self, contents: dict[str, Any]) -> None:
+        """Take back transitions, each to its old place, and the places of writer and sampler."""
+        if not contents:
+            return
+        transitions = TensorDict.from_dict(contents["transitions"], batch_dims=1)
         if contents["capacity"] == self.buffer_size:
             self.buffer.extend(transitions)
             self.buffer.writer.load_state_dict(contents["writer"])

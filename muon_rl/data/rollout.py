@@ -135,17 +135,18 @@ class RolloutData(AgentData):
             contents["order"] = self._order
         return contents
 
-    def load_contents(self, contents: dict[str, Any]) -> None:
-        """Take back the rollout in use and the order of its epoch.
+    def check_contents(self, contents: dict[str, Any]) -> None:
+        """Raise if rollouts were of another size, or had another number of updates."""
+        for name, before in contents.get("sizes", {}).items():
+            now = self._sizes[name]
+            if before != now:
+                raise ValueError(
+                    f"data.{name} is {before} in the checkpoint and {now} in this "
+                    "config: set it as it was, or begin a fresh run."
+                )
 
-        Raises:
-            ValueError: if rollouts were of another size, or had another number of updates.
-        """
-        if contents["sizes"] != self._sizes:
-            raise ValueError(
-                f"The checkpoint's run had data.{contents['sizes']}, this one has {self._sizes}: "
-                "set them as they were, or begin a fresh run."
-            )
+    def load_contents(self, contents: dict[str, Any]) -> None:
+        """Take back the rollout in use and the order of its epoch."""
         if "rollout" in contents:
             self._rollout = TensorDict.from_dict(contents["rollout"], batch_dims=1)
             self._order = contents["order"]

@@ -156,6 +156,40 @@ def test_a_checkpoint_of_another_optimizer_is_refused(option, parts, trained, wo
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("option", "part"),
+    [
+        ("buffer_size=150", "holds 200 transitions, but data.buffer_size is 150"),
+        ("n_steps=3", "another data.n_steps than 3"),
+    ],
+)
+def test_contents_that_do_not_fit_are_refused_before_a_run_exists(
+    option, part, trained, workspace, capsys
+):
+    text = message_of(
+        capsys,
+        ["fit", *workspace.options, f"--data.{option}", "--data.total_frames=500",
+         f"--ckpt_path={trained.checkpoint()}"],
+    )  # fmt: skip
+    assert part in text
+    assert not (workspace.folder / "checkpoints").exists()
+
+
+def test_a_run_that_breaks_while_it_is_restored_keeps_the_checkpoint(workspace, monkeypatch):
+    workspace.fit("--data.total_frames=150")
+    before = workspace.checkpoint().read_bytes()
+
+    def broken(self, contents):
+        raise RuntimeError("half restored")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SACData, "load_contents", broken)
+        with pytest.raises(RuntimeError, match="half restored"):
+            workspace.fit("--data.total_frames=200", "--ckpt_path=last")
+    assert workspace.checkpoint().read_bytes() == before
+    workspace.fit("--data.total_frames=200", "--ckpt_path=last")
+
+
 def test_a_finished_run_needs_more_frames(trained, workspace, capsys):
     text = message_of(
         capsys,

@@ -265,7 +265,7 @@ def test_a_checkpoint_between_rollouts_holds_none():
 def test_a_checkpoint_of_rollouts_of_other_sizes_is_refused(option):
     data = make(CARTPOLE)
     next(iter(data.train_dataloader()))
-    with pytest.raises(ValueError, match="set them as they were, or begin a fresh run"):
+    with pytest.raises(ValueError, match="set it as it was, or begin a fresh run"):
         make(CARTPOLE, **option).load_state_dict(data.state_dict())
 
 

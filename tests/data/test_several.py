@@ -122,6 +122,20 @@ def test_another_number_of_environments_begins_new_episodes():
     assert resumed.collect()["step_count"].max() == 0
 
 
+def test_environments_that_move_into_processes_begin_new_episodes():
+    """What a process of its own runs cannot be set from here."""
+    env = DMControl("cartpole", "swingup", action_repeat=2)
+    data = make(env, num_envs=2, n_steps=2)
+    next(iter(data.train_dataloader()))
+    resumed = make(env, num_envs=2, n_steps=2, env_processes=True)
+    try:
+        resumed.load_state_dict(data.state_dict())
+        assert len(resumed.buffer) == len(data.buffer)
+        assert resumed.collect()["step_count"].max() == 0
+    finally:
+        resumed.teardown("fit")
+
+
 def test_transitions_of_another_kind_are_refused():
     data = make(Gym(register()), n_steps=3)
     next(iter(data.train_dataloader()))
