@@ -113,35 +113,49 @@ class Agent(L.LightningModule):
             name = "epoch_loop.automatic_optimization.optim_progress"
             progress.load_state_dict(loops["fit_loop"][name])
 
-    def build_scheduler(self, optimizer: Muon, data: AgentData) -> LRScheduler | None:
+    def build_scheduler(
+        self, optimizer: Muon, data: AgentData, batches_per_step: int = 1
+    ) -> LRScheduler | None:
         """Return a new scheduler of the learning rates over a run, or ``None`` for constant ones.
 
         Args:
             optimizer: whose rates they are.
-            data: knows the number of the run's updates.
+            data: knows the number of the run's batches.
+            batches_per_step: batches whose gradients are summed up for one optimizer step, >= 1.
 
         Raises:
-            ValueError: if the scheduler ends before the run does.
+            ValueError: if the scheduler ends before the run does, or an optimizer step would
+                reach from one rollout into the next.
         """
+        steps = -(-data.total_updates // batches_per_step)
         if isinstance(self.anneal_lr, bool):
             if not self.anneal_lr:
                 return None
-            steps = data.updates_per_rate
-            updates = -(-data.total_updates // steps)
-            return anneal_learning_rates(optimizer, updates, steps_per_update=steps)
+            per_rate, rest = divmod(data.updates_per_rate, batches_per_step)
+            if rest and data.updates_per_rate > 1:
+                raise ValueError(
+                    f"trainer.accumulate_grad_batches={batches_per_step} must divide the "
+                    f"{data.updates_per_rate} batches of a rollout, which share a learning rate "
+                    "with model.anneal_lr=true."
+                )
+            per_rate = max(per_rate, 1)
+            horizon = -(-steps // per_rate)
+            return anneal_learning_rates(optimizer, horizon, steps_per_update=per_rate)
         scheduler = self.anneal_lr(optimizer)
         # Alone among torch's, this one raises after its last step.
-        if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < data.total_updates:
+        if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < steps:
             raise ValueError(
                 f"model.anneal_lr has total_steps={scheduler.total_steps}, but the run makes "
-                f"{data.total_updates} updates: raise it to at least as many."
+                f"{steps} updates: raise it to at least as many."
             )
         return scheduler
 
     def configure_optimizers(self) -> Any:
         """Return the one optimizer that Lightning drives, and its schedule if it has one."""
         optimizer = self.build_optimizer()
-        scheduler = self.build_scheduler(optimizer, self.trainer.datamodule)
+        scheduler = self.build_scheduler(
+            optimizer, self.trainer.datamodule, self.trainer.accumulate_grad_batches
+        )
         if scheduler is None:
             return optimizer
         lr_scheduler = {"scheduler": scheduler, "interval": "step"}

@@ -109,9 +109,10 @@ class SAC(Agent):
         if num_critics < 2:
             # TorchRL's loss leaves the parameters of a single one out (torchrl 0.14).
             raise ValueError(f"model.num_critics must be at least 2, but is {num_critics}.")
-        for name, share in (("gamma", gamma), ("tau", tau)):
-            if not 0.0 <= share <= 1.0:
-                raise ValueError(f"model.{name} must be in [0, 1], but is {share}.")
+        if not 0.0 <= gamma <= 1.0:
+            raise ValueError(f"model.gamma must be in [0, 1], but is {gamma}.")
+        if not 0.0 < tau <= 1.0:
+            raise ValueError(f"model.tau must be in (0, 1], but is {tau}.")
         if not 0.0 < alpha_init < math.inf:
             raise ValueError(f"model.alpha_init must be above 0, but is {alpha_init}.")
         policy = actor(env.specs)

@@ -19,14 +19,16 @@ from muon_rl.optim import OptimizerConfig
 ENV = DMControl("cartpole", "swingup", action_repeat=2)
 
 
-def fit(agent: SAC, *callbacks: Callback, kind: type[SACData] = SACData, **options) -> SACData:
+def fit(
+    agent: SAC, *callbacks: Callback, kind: type[SACData] = SACData, batches_per_step=1, **options
+) -> SACData:
     data = kind(
         ENV, total_frames=140, init_random_frames=80, batch_size=16, eval_episodes=1, **options
     )
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", logger=False, callbacks=list(callbacks),
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, log_every_n_steps=7,
+        num_sanity_val_steps=0, log_every_n_steps=7, accumulate_grad_batches=batches_per_step,
     )  # fmt: skip
     trainer.fit(agent, data)
     return data
@@ -94,7 +96,9 @@ def test_each_of_the_critics_is_trained_and_differs(num_critics):
     assert all(not torch.equal(p[0], p[-1]) for p in weights)
 
 
-@pytest.mark.parametrize("option", [{"num_critics": 1}, {"tau": 2.0}, {"gamma": -0.1}])
+@pytest.mark.parametrize(
+    "option", [{"num_critics": 1}, {"tau": 2.0}, {"tau": 0.0}, {"gamma": -0.1}]
+)
 def test_a_number_out_of_range_is_refused(option):
     with pytest.raises(ValueError, match=f"model.{next(iter(option))} must be"):
         SAC(ENV, **option)
@@ -185,6 +189,31 @@ def test_annealed_rates_fall_to_0_over_the_updates_of_the_run():
     rates = fit_with_rates(anneal_lr=True)
     for update, applied in enumerate(rates.applied):
         assert applied == {name: lr * (1 - update / 30) for name, lr in INITIAL.items()}
+
+
+def test_annealed_rates_fall_to_0_over_the_steps_that_several_batches_share():
+    agent = SAC(ENV, anneal_lr=True)
+    rates = Rates(agent)
+    fit(agent, rates, batches_per_step=4)
+    assert [applied["actor/muon"] for applied in rates.applied] == [
+        0.02 * (1 - step / 8)
+        for step in range(8)  # 30 batches: the last step has two
+    ]
+
+
+def test_a_step_that_reaches_into_the_next_rollout_is_refused_where_rates_are_annealed():
+    class Rollouts(SACData):
+        updates_per_rate = 6
+
+    agent = SAC(ENV, anneal_lr=True)
+    with pytest.raises(ValueError, match="accumulate_grad_batches=4 must divide the 6 batches"):
+        fit(agent, kind=Rollouts, batches_per_step=4)
+    agent = SAC(ENV, anneal_lr=True)
+    rates = Rates(agent)
+    fit(agent, rates, kind=Rollouts, batches_per_step=3)
+    assert [applied["actor/muon"] for applied in rates.applied] == [
+        0.02 * (1 - step // 2 / 5) for step in range(10)
+    ]
 
 
 def test_rates_are_constant_unless_annealed():

@@ -161,12 +161,14 @@ class RecipeCLI(LightningCLI):
             raise ConfigError(
                 f"method_name names a folder, so it takes no slash, but is {self.method_name!r}."
             )
+        trainer = dict(self.config_init[self.subcommand].trainer)
         optimizer = None
         if self.subcommand == "fit":
             optimizer = self.model.build_optimizer()
-            self.model.build_scheduler(optimizer, self.datamodule)
+            self.model.build_scheduler(
+                optimizer, self.datamodule, trainer["accumulate_grad_batches"]
+            )
         self._find_checkpoint(optimizer)
-        trainer = dict(self.config_init[self.subcommand].trainer)
         callbacks: list[Callback] = [*(trainer.pop("callbacks") or [])]
         if self.subcommand == "fit":
             callbacks += [self.checkpoints, self.stop, self._record(), Film()]
