@@ -13,7 +13,10 @@ class Specs(NamedTuple):
     Args:
         observation: spec of the key ``observation``, without batch dims.
         action: spec of the key ``action``, without batch dims.
+        action_mask: spec of the key ``action_mask``, without batch dims; ``None`` where the
+            environment does not write it.
     """
 
     observation: TensorSpec
     action: TensorSpec
+    action_mask: TensorSpec | None = None

@@ -35,7 +35,8 @@ class AgentData(L.LightningDataModule, ABC):
         total_frames: control steps of the simulator after which training ends, >= 1.
         eval_every: frames between two evaluations, >= 1; another one ends the run.
         eval_episodes: episodes of an evaluation, >= 1.
-        eval_seed: seed of an evaluation's first episode, the same in every evaluation and run.
+        eval_seed: seed of an evaluation's first episode, >= 0, the same in every evaluation and
+            run; the others' follow it.
         eval_sampled: whether evaluation draws its actions from the policy; the metrics of the
             policy's modes are then ``eval/greedy_*``, beside them.
         save_buffer: whether checkpoints hold the collected data, without which a resumed run
@@ -45,7 +46,8 @@ class AgentData(L.LightningDataModule, ABC):
             new episodes.
 
     Raises:
-        ValueError: if a number is below its bound.
+        ValueError: if a number is out of its bounds, or several environments are asked for of which
+            each is several games already.
     """
 
     def __init__(
@@ -68,6 +70,16 @@ class AgentData(L.LightningDataModule, ABC):
             eval_episodes=eval_episodes,
             num_envs=num_envs,
         )
+        if not 0 <= eval_seed <= 2**32 - eval_episodes:
+            raise ValueError(
+                f"data.eval_seed must be from 0 to 2**32 - data.eval_episodes, but is {eval_seed}."
+            )
+        if num_envs > 1 and env.steps_together:
+            raise ValueError(
+                f"data.num_envs is {num_envs}, but one environment of {type(env).__name__} is "
+                "several games that step together: set env.num_envs to their number, and leave "
+                "data.num_envs at 1."
+            )
         self.env = env
         self.total_frames = total_frames
         self.eval_every = eval_every

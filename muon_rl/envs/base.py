@@ -29,6 +29,8 @@ class EnvFactory(ABC):
         ValueError: if ``action_repeat`` is below 1.
     """
 
+    steps_together = False  # whether one environment is several games, with a batch dim of its own
+
     def __init__(self, action_repeat: int = 1) -> None:
         if action_repeat < 1:
             raise ValueError(f"action_repeat must be at least 1, but is {action_repeat}.")
@@ -77,11 +79,12 @@ class EnvFactory(ABC):
 
     @cached_property
     def specs(self) -> Specs:
-        """The specs of observation and action without batch dims, read once from an environment."""
+        """The specs that networks need, without batch dims, read once from an environment."""
         env = self.make()
         specs = Specs(
             env.observation_spec_unbatched["observation"].clone(),
             env.action_spec_unbatched.clone(),
+            env.observation_spec_unbatched.get("action_mask", None),
         )
         env.close()
         return specs

@@ -138,7 +138,8 @@ class TransformerActorCritic(GridActorCritic):
         init: default is torch's; orthogonal has zero biases.
 
     Raises:
-        ValueError: if observation or action do not fit, or an option is none of those named.
+        ValueError: if observation or action do not fit, an option is none of those named, or
+            there is no mask to be read.
 
     Example:
         >>> from torchrl.data import Unbounded
@@ -169,6 +170,7 @@ class TransformerActorCritic(GridActorCritic):
             patch=patch, readout=readout, positions=positions, cell_width=cell_width,
             dropout=dropout, init=init,
         )  # fmt: skip
+        _check_mask(specs, masked)
         super().__init__(encoder, specs.action, head_hidden=head_hidden, masked=masked, init=init)
 
 
@@ -186,11 +188,13 @@ class ConvolutionActorCritic(GridActorCritic):
         init: default is torch's; orthogonal scales by the activation, biases are 0.
 
     Raises:
-        ValueError: if observation or action do not fit, or an option is none of those named.
+        ValueError: if observation or action do not fit, an option is none of those named, or
+            there is no mask to be read.
 
     Example:
         >>> from torchrl.data import Unbounded
-        >>> specs = Specs(Unbounded((4, 6, 6)), CategoricalSpec(4))
+        >>> from torchrl.data import Binary
+        >>> specs = Specs(Unbounded((4, 6, 6)), CategoricalSpec(4), action_mask=Binary(4))
         >>> ConvolutionActorCritic(specs, masked=True).actor.in_keys
         ['embed', 'action_mask']
     """
@@ -211,4 +215,14 @@ class ConvolutionActorCritic(GridActorCritic):
             specs.observation, features=features, channels=channels, kernel=kernel,
             cell_width=cell_width, init=init,
         )  # fmt: skip
+        _check_mask(specs, masked)
         super().__init__(encoder, specs.action, head_hidden=head_hidden, masked=masked, init=init)
+
+
+def _check_mask(specs: Specs, masked: bool) -> None:
+    """Raise if a mask is to be read that the environment does not write."""
+    if masked and specs.action_mask is None:
+        raise ValueError(
+            "masked=True needs an action_mask, but the environment writes none: have it write one "
+            "(Snake with action_mask=True), or take masked=False."
+        )

@@ -157,6 +157,8 @@ def test_the_end_of_each_game_is_its_first_done_step():
         ({"total_frames": 80}, "init_random_frames=80 leaves nothing of data.total_frames=80"),
         ({"total_frames": 0}, "data.total_frames must be at least 1, but is 0"),
         ({"eval_every": 0}, "data.eval_every must be at least 1"),
+        ({"eval_seed": -1}, r"data.eval_seed must be from 0 to .*, but is -1"),
+        ({"eval_seed": 2**32 - 1, "eval_episodes": 2}, "data.eval_seed must be from 0"),
         ({"updates_per_step": 0}, "data.updates_per_step must be above 0"),
         ({"updates_per_step": 0.001}, "leave no update"),
         ({"updates_per_step": float("nan")}, "data.updates_per_step must be above 0"),

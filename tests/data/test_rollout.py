@@ -12,7 +12,7 @@ from on_policy import GAMMA, LMBDA, VectorPPO, VectorPPOData, make
 from torchrl.objectives import ValueEstimators
 from walk import register
 
-from muon_rl.envs import DMControl, EnvFactory, Gym
+from muon_rl.envs import DMControl, EnvFactory, Gym, Snake
 from muon_rl.envs.several import _Serial
 
 CARTPOLE = DMControl("cartpole", "swingup", action_repeat=2)
@@ -202,6 +202,11 @@ def test_an_environment_with_a_batch_of_its_own_has_rollouts_of_whole_steps():
     assert served.shape == (42,)
     with pytest.raises(ValueError, match=r"has 42 steps, but .* is 40: .* which are 3\."):
         rollout_of(make(Three(register()), agent, steps_per_rollout=40))
+
+
+def test_games_that_step_together_are_told_how_to_be_more():
+    with pytest.raises(ValueError, match=r"data\.num_envs is 2, .* Snake .* set env\.num_envs"):
+        VectorPPOData(Snake(6, 6, num_envs=4), total_frames=200, num_envs=2)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictSequential
 from torch.nn import functional as F
-from torchrl.data import Bounded, Categorical, MultiOneHot, OneHot, Unbounded
+from torchrl.data import Binary, Bounded, Categorical, MultiOneHot, OneHot, Unbounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import ClipPPOLoss
 
+from muon_rl.envs import Snake
 from muon_rl.modules import ConvolutionActorCritic, GridConvolution, TransformerActorCritic
 from muon_rl.optim import build_optimizer, parameter_roles
 from muon_rl.specs import Specs
@@ -33,7 +34,7 @@ def boards(*batch: int) -> TensorDict:
 
 
 def make(kind, spec=TOKENS, action=None, **options):
-    return kind(Specs(spec, action or Categorical(4)), **options)
+    return kind(Specs(spec, action or Categorical(4), action_mask=Binary(4)), **options)
 
 
 # ------------------------------------------------------------------------------------------- keys
@@ -102,6 +103,14 @@ def test_a_policy_compiles_as_one_graph(kind):
 
 
 # ------------------------------------------------------------------------------------------ masks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_that_the_environment_does_not_write_is_refused(kind):
+    with pytest.raises(ValueError, match=r"needs an action_mask, but the environment writes none"):
+        kind(Snake(6, 6).specs, masked=True)
+    kind(Snake(6, 6, action_mask=True).specs, masked=True)
+    kind(Snake(6, 6, action_mask=True).specs, masked=False)
 
 
 @pytest.mark.parametrize("one_hot", [False, True], ids=["index", "one_hot"])

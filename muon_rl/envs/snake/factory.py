@@ -42,6 +42,8 @@ class Snake(EnvFactory):
         (torch.Size([4, 5, 6, 6]), torch.Size([6, 6]))
     """
 
+    steps_together = True
+
     def __init__(
         self,
         height: int = 10,
