@@ -9,6 +9,7 @@ from typing import Any
 
 from muon_rl.cli import ConfigError
 
+LONGEST = 200  # bytes; most file systems take 255
 _FIELD = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -40,6 +41,30 @@ def fill(template: str, config: Mapping[str, Any]) -> str:
     if "${" in name:
         raise ConfigError(f"method_name={template} opens a ${{ that nothing closes.")
     return name
+
+
+def check(name: str) -> None:
+    """Raise if a method's name cannot be that of a folder.
+
+    Args:
+        name: filled in.
+
+    Raises:
+        ConfigError: if it is blank, too long, has a slash or what cannot be printed, or is a dot
+            or two.
+    """
+    if name in (".", "..") or set("/\\") & set(name):
+        raise ConfigError(f"method_name names a folder, so it takes no slash, but is {name!r}.")
+    if name != name.strip() or not name or not name.isprintable():
+        raise ConfigError(
+            "method_name names a folder, so it takes neither blanks at its ends nor what cannot be "
+            f"printed, but is {name!r}."
+        )
+    if len(name.encode()) > LONGEST:
+        raise ConfigError(
+            f"method_name names a folder, so it has at most {LONGEST} bytes, but {name[:40]}... "
+            f"has {len(name.encode())}: take fewer keys."
+        )
 
 
 def _written(value: Any) -> str:

@@ -157,10 +157,7 @@ class RecipeCLI(LightningCLI):
         self.env = self.config_init[self.subcommand].env
         self.checkpoints = self.config_init[self.subcommand].checkpoint
         self.method_name = self._method_name()
-        if self.method_name in (".", "..") or set("/\\") & set(self.method_name):
-            raise ConfigError(
-                f"method_name names a folder, so it takes no slash, but is {self.method_name!r}."
-            )
+        names.check(self.method_name)
         trainer = dict(self.config_init[self.subcommand].trainer)
         optimizer = None
         if self.subcommand == "fit":

@@ -51,6 +51,29 @@ def test_a_key_that_is_none_is_an_error(template, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a/b", "takes no slash"),
+        ("..", "takes no slash"),
+        (" ", "neither blanks at its ends"),
+        ("sac ", "neither blanks at its ends"),
+        ("a\x00b", "nor what cannot be printed"),
+        ("x" * 201, "at most 200 bytes, but .* has 201"),
+        ("é" * 101, "at most 200 bytes, but .* has 202"),
+    ],
+)
+def test_a_name_that_no_folder_can_have_is_refused(name, words):
+    with pytest.raises(ConfigError, match=words):
+        names.check(name)
+
+
+def test_the_longest_name_makes_a_folder(tmp_path):
+    for name in ("x" * names.LONGEST, "a b-c_1.5"):
+        names.check(name)
+        (tmp_path / name).mkdir()
+
+
 def test_a_run_and_its_folder_carry_the_filled_name(workspace):
     method = "SAC_${model.optimizer.actor.case}_${model.optimizer.critic.case}_${env.task}"
     options = (f"--method_name={method}", "--data.total_frames=120")
