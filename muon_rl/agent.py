@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torchrl.objectives import LossModule, TargetNetUpdater
 
+from muon_rl.clock import Clock
 from muon_rl.data import AgentData, ends
 from muon_rl.optim import Muon, OptimizerConfig, build_optimizer
 from muon_rl.optim.clipping import check_max_norm, clip_gradients
@@ -63,7 +63,7 @@ class Agent(L.LightningModule):
         self.targets = list(targets)
         self.max_grad_norm = max_grad_norm
         self.anneal_lr = anneal_lr
-        self._clock = _Clock()
+        self._clock = Clock()
         self._updates: list[dict[str, Tensor]] = []  # metrics of a rollout's so far
         self._evaluated: dict[str, list[float]] = {}
         # Built once here, so that a mistake in a config shows before a run begins.
@@ -301,28 +301,3 @@ def _try_scheduler(make: Callable[[Optimizer], LRScheduler], optimizer: Muon) ->
         "model.anneal_lr must be true, false, or make a scheduler of torch's that needs no metric, "
         f"but makes {type(scheduler).__name__}."
     )
-
-
-class _Clock:
-    """Measures frames per second of training time: warm-up and evaluation are left out."""
-
-    def __init__(self) -> None:
-        self._frames = 0
-        self._since = 0.0
-        self._paused_at = 0.0
-
-    def start(self, frames: int) -> None:
-        self._frames, self._since = frames, time.perf_counter()
-
-    def pause(self) -> None:
-        self._paused_at = time.perf_counter()
-
-    def resume(self) -> None:
-        self._since += time.perf_counter() - self._paused_at
-
-    def read(self, frames: int) -> float:
-        """Return the rate since the last reading, frames per second."""
-        now = time.perf_counter()
-        rate = (frames - self._frames) / max(now - self._since, 1e-9)
-        self._frames, self._since = frames, now
-        return rate

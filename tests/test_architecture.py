@@ -18,13 +18,13 @@ RECIPES = PACKAGE.parent / "recipes"
 ROWS = [
     {"policy"},
     {"cli"},
-    {"agent", "callbacks", "experiments", "tracking"},
-    {"data"},
+    {"agent", "callbacks", "experiments"},
+    {"data", "tracking"},
     {"envs", "modules", "objectives", "optim", "diagnostics"},
-    {"choices", "specs", "two_hot", "unroll"},
+    {"choices", "clock", "specs", "two_hot", "unroll"},
 ]
 # A tracked run's record names the logger, a checkpoint's folder its callbacks: one way only.
-DROP_IN = {"optim", "objectives", "modules", "envs", "choices", "specs", "two_hot", "unroll"}
+DROP_IN = {"optim", "objectives", "modules", "envs", *ROWS[-1]}
 
 
 def imports_of(path: Path) -> set[str]:
