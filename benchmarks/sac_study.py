@@ -101,6 +101,23 @@ def row(point: Point, run: Run) -> dict[str, str]:
     }  # fmt: skip
 
 
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    """Put rows into a file, beside those of other studies that it has."""
+    others = []
+    if path.exists():
+        with path.open(newline="") as file:
+            names = {(line["sweep"], line["task"], line["seed"], line["frames"]) for line in rows}
+            others = [
+                line
+                for line in csv.DictReader(file)
+                if (line["sweep"], line["task"], line["seed"], line["frames"]) not in names
+            ]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(others + rows)
+
+
 def main() -> None:
     """Run what is not finished yet, then print and write the rows of all points."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -134,10 +151,7 @@ def main() -> None:
     known = finished(client)
     rows = [row(point, known[point.tag]) for point in points if point.tag in known]
     if rows:
-        with options.rows.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write(options.rows, rows)
         for line in rows:
             print("  ".join(line[name] or "-" for name in list(line)[:-2]))
     if missing := len(points) - len(rows):

@@ -188,7 +188,7 @@ def test_fused_matrices_carry_their_splits_into_the_group(layer, name, splits):
         ({"include": ["*3.weight"], "exclude": ["actor.3.*"]}, {FIRST, HIDDEN}),
         ({"include": [FIRST], "apply_first_layer": False}, {FIRST, HIDDEN}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),  # for xdist
 )
 def test_layers_and_patterns_choose_what_muon_takes(options, expected):
     optimizer = build_optimizer(plain(), actor={"case": "muon", "muon": options})
