@@ -121,35 +121,47 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 def main() -> None:
     """Run what is not finished yet, then print and write the rows of all points."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sweeps", nargs="+", default=list(recipes.sweeps()))
-    parser.add_argument("--tasks", nargs="+", default=["cartpole_swingup"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--frames", type=int, default=20_000)
+    known = {"nargs": "+", "metavar": "NAME"}
+    sweeps, tasks = (list(names) for names in (recipes.sweeps(), recipes.tasks()))
+    parser.add_argument(
+        "--sweeps", **known, choices=sweeps, default=sweeps,
+        help=f"whose points are run: {', '.join(sweeps)} (default all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tasks", **known, choices=tasks, default=["cartpole_swingup"],
+        help=f"that they are run on: {', '.join(tasks)} (default cartpole_swingup)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], help="of each point (default 0)"
+    )
+    parser.add_argument("--frames", type=int, default=20_000, help="of each run (default 20000)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default 1)")
-    parser.add_argument("--logs", type=Path, default=Path("logs"))
-    parser.add_argument("--rows", type=Path, default=RESULTS, help="CSV file to write")
+    parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder (default logs)")
+    parser.add_argument(
+        "--rows", type=Path, default=RESULTS, help=f"CSV file to write (default {RESULTS.name})"
+    )
     options = parser.parse_args()
 
     options.logs.mkdir(parents=True, exist_ok=True)
     here = f"sqlite:///{Path('mlflow.db').absolute()}"
     client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", here))
-    sweeps = {name: read_sweep(recipes.sweeps()[name]) for name in options.sweeps}
+    read = {name: read_sweep(recipes.sweeps()[name]) for name in options.sweeps}
     points = [
         Point(name, sweep.config, task, seed, options.frames, values)
         for seed in options.seeds
         for task in options.tasks
-        for name, sweep in sweeps.items()
+        for name, sweep in read.items()
         for values in sweep.points
     ]
-    known = finished(client)
-    left = [point for point in points if point.tag not in known]
+    done = finished(client)
+    left = [point for point in points if point.tag not in done]
     print(f"{len(points)} points, {len(points) - len(left)} of them finished already", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         for point in left:
             pool.submit(run, point, points.index(point), options.logs, options.threads)
-    known = finished(client)
-    rows = [row(point, known[point.tag]) for point in points if point.tag in known]
+    done = finished(client)
+    rows = [row(point, done[point.tag]) for point in points if point.tag in done]
     if rows:
         write(options.rows, rows)
         for line in rows:

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
@@ -98,6 +99,14 @@ class EffectiveRank(Callback):
         if due and now[0] != self._last[0] and now[1] != self._last[1]:
             self._last = now
             pl_module.track(self.measure(pl_module.loss, trainer.datamodule.buffer, now[0]))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so if the run was too short for a measurement."""
+        if self.enabled and trainer.global_step < self.every_n_updates:
+            rank_zero_warn(
+                f"The run made {trainer.global_step} updates, and the effective rank is measured "
+                f"every {self.every_n_updates}: lower effective_rank.every_n_updates."
+            )
 
     def measure(self, loss: LossModule, buffer: ReplayBuffer, update: int = 0) -> dict[str, float]:
         """Return the metrics of all critics, changing nothing, random states included.

@@ -125,11 +125,13 @@ def _explain_key(found: re.Match[str], keys: Collection[str]) -> str:
     close = difflib.get_close_matches(wrong, _words(vocabulary), n=1)
     if not close and "A recipe" not in vocabulary:
         return f"There is no key {key!r}: muon-rl fit --config NAME --help lists all keys."
-    # Of the owners of such a key, the smallest that the parser knows all of is the likeliest.
-    owners = sorted(
-        vocabulary, key=lambda o: (not set(keys).issuperset(vocabulary[o]), len(vocabulary[o]))
-    )
-    owner = next(o for o in owners if not close or close[0] in vocabulary[o])
+    here = [owner for owner in vocabulary if set(keys).issuperset(vocabulary[owner])]
+    if wrong in close and here:  # a key of another class
+        close, owner = [], max(here, key=lambda owner: len(vocabulary[owner]))
+    else:
+        # Of the owners of such a key, the smallest that the parser knows is the likeliest.
+        owners = sorted(vocabulary, key=lambda o: (o not in here, len(vocabulary[o])))
+        owner = next(o for o in owners if not close or close[0] in vocabulary[o])
     few = len(vocabulary[owner]) <= 20
     allowed = f"{owner} takes {', '.join(vocabulary[owner])}." if few else "--help lists all keys."
     hint = f"did you mean {close[0]}? " if close else ""

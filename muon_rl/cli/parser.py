@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -16,6 +16,11 @@ MatmulPrecision = Literal["highest", "high", "medium"]
 
 class RecipeParser(LightningArgumentParser):
     """Lightning's parser with the keys of a recipe."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # argparse would otherwise take --trainer.max_epoch for max_epochs, and optimizer.cas for
+        # case; the parsers of a recipe's classes are of this kind too.
+        super().__init__(*args, **{**options, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Raise what was wrong, told in a line or two.

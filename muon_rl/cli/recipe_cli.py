@@ -67,15 +67,12 @@ class RecipeCLI(LightningCLI):
         self.checkpoint: dict[str, Any] | None = None
         self.checkpoint_path: Path | None = None
         self.command = command_without_checkpoint(arguments)
-        # jsonargparse would otherwise take --trainer.max_epoch for --trainer.max_epochs.
-        strict = {"allow_abbrev": False}
         sys.argv = sys.argv[:1]
         super().__init__(
             Agent,
             AgentData,
             args=arguments,
             parser_class=RecipeParser,
-            parser_kwargs={**strict, "fit": dict(strict), "validate": dict(strict)},
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             subclass_mode_model=True,

@@ -208,6 +208,13 @@ def test_a_number_below_one_is_refused(name, workspace, capsys):
     assert text.endswith(f"effective_rank.{name} must be at least 1, but is 0.")
 
 
+def test_a_run_too_short_for_a_measurement_says_so(workspace):
+    with pytest.warns(UserWarning, match="made 20 updates, .* rank is measured every 1000: lower"):
+        main(["fit", *CARTPOLE, *rank(1000), "--data.total_frames=140"])
+    (record,) = workspace.records
+    assert not [name for name in record.data.metrics if name.startswith("repr/")]
+
+
 def test_a_misspelt_key_is_explained(workspace, capsys):
     text = message_of(capsys, "--effective_rank.every_updates=3")
     assert "did you mean every_n_updates?" in text

@@ -40,6 +40,11 @@ def message_of(capsys, arguments: list[str]) -> str:
         (["--model.optimizer.critic.case=sgd"], ["critic.case", "muon or adamw or adam", "'sgd'"]),
         (["--model.optimizer.critic.lr=high"], ["critic.lr must be float", "'high'"]),
         (["--model.optimizer.actor.muon.momentum=1.5"], ["momentum", "[0, 1)", "1.5", "actor"]),
+        (["--model.optimizer.critic.cas=adam"], ["critic.cas'", "did you mean case?"]),
+        (
+            ["--env.id=Pendulum-v1"],
+            ["no key 'env.id': DMControl takes domain, task, action_repeat"],
+        ),
         (["--model.actor.hiden=[3]"], ["hiden'", "did you mean hidden?"]),
         (["--model.actor.hidden=[]"], ["no matrix", "'actor'", "actor.case to adamw or adam"]),
         (["--model=SAK"], ["'SAK'", "model", "did you mean SAC?"]),
