@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 COLUMNS = ("task", "method", "seed", "frames", "value", "git_commit", "run_id")
 LABELS = {
     "eval/return": "return (mean of the evaluation)",
+    "eval/score": "score: apples eaten (mean of the evaluation)",
     "repr/q_effective_rank_mean": "effective rank of the critics' features (mean)",
 }
 
@@ -44,15 +45,17 @@ def points(
 
 def draw(rows: list[dict[str, str]], metric: str, output: Path) -> None:
     """Draw one line a run."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     runs: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in rows:
         key = (row["method"], row["seed"])
         runs.setdefault(key, []).append((int(row["frames"]), float(row["value"])))
+    many = len(runs) > 4
+    figure, axes = plt.subplots(figsize=(9.6 if many else 6.4, 3.8), layout="constrained")
     for (method, seed), line in runs.items():
         axes.plot(*zip(*line, strict=True), marker=".", label=f"{method}, seed {seed}")
     axes.set(xlabel="frames", ylabel=LABELS.get(metric, metric), title=rows[0]["task"])
-    axes.legend(frameon=False, fontsize="small" if len(runs) <= 4 else "xx-small")
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if many else {}
+    axes.legend(frameon=False, fontsize="small", **beside)
     axes.grid(alpha=0.3)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150)
@@ -74,7 +77,7 @@ def main() -> None:
         raise SystemExit("There is no finished run.")
     options.rows.parent.mkdir(parents=True, exist_ok=True)
     with options.rows.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     draw(rows, options.metric, options.picture)
