@@ -23,7 +23,6 @@ ROWS = [
     {"envs", "modules", "objectives", "optim", "diagnostics"},
     {"choices", "clock", "specs", "two_hot", "unroll"},
 ]
-# A tracked run's record names the logger, a checkpoint's folder its callbacks: one way only.
 DROP_IN = {"optim", "objectives", "modules", "envs", *ROWS[-1]}
 
 
