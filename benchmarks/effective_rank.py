@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from statistics import median
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from machine import commit_of, processor
 from muon_rl.recipes.sac import SAC, SACOptimizers
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
@@ -83,20 +82,6 @@ def seconds(call: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def processor() -> str:
-    """Return the processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
-
-
-def commit() -> str:
-    """Return the commit of the code that was measured."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+changes"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
 def main() -> None:
     """Run the benchmark, print the share and add it to the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -142,7 +127,7 @@ def main() -> None:
         shares.append(measurement / (callback.every_n_updates * one))
         row[f"share_{clock}"] = f"{shares[-1]:.6f}"
     print(f"share of the training time: {shares[0]:.3%} (CPU {shares[1]:.3%}), bound {BOUND:.0%}")
-    row |= {"commit": commit(), "cpu": processor(), "torch": torch.__version__}
+    row |= {"commit": commit_of(), "cpu": processor(), "torch": torch.__version__}
     if not options.dry:
         write(row)
     if max(shares) >= BOUND:

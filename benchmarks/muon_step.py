@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from machine import commit_of, processor
 from torch import Tensor, nn
 from torchrl.data import Bounded, Unbounded
 from torchrl.objectives import SACLoss
@@ -276,20 +275,6 @@ def measure(make: Callable[[], Muon], *, rounds: int, threads: int, steps: int) 
     return times
 
 
-def processor() -> str:
-    """Return the processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
-
-
-def commit() -> str:
-    """Return the commit of the code that was measured."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+changes"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
 def main() -> None:
     """Run the benchmark and print one table a set."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -302,7 +287,7 @@ def main() -> None:
 
     native = computes_bf16("cpu")
     where = {
-        "commit": commit(), "cpu": processor(), "torch": torch.__version__,
+        "commit": commit_of(), "cpu": processor(), "torch": torch.__version__,
         "optax": optax.__version__ if optax else "",
         "isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "all"), "bf16": native,
     }  # fmt: skip

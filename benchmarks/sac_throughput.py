@@ -19,7 +19,6 @@ import argparse
 import csv
 import json
 import os
-import re
 import runpy
 import signal
 import subprocess
@@ -35,7 +34,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from machine import REPOSITORY, commit_of, processor
+
 RESULTS = REPOSITORY / "benchmarks/results/sac_throughput.csv"
 PACKAGES = ("torch", "numpy", "mujoco", "dm_control")  # the same versions everywhere
 BLOCK = 1000  # steps that TorchRL's script collects before it updates
@@ -206,21 +206,6 @@ def measure(program: Program, steps: int, precision: str) -> dict[str, Any]:
     return measured
 
 
-def commit_of(checkout: Path) -> str:
-    """The commit of a checkout, marked where files differ from it other than the results."""
-    git = ["git", "-C", str(checkout)]
-    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-    edited = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
-    return head + "-edited" * bool(subprocess.call(edited))
-
-
-def cpu_model() -> str:
-    """The processor's name, from the kernel where it tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search("model name.*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    return f"{found[1] if found else 'unknown CPU'}, {os.cpu_count()} cores"
-
-
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to the CSV file, with a header where the file is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -271,14 +256,14 @@ def main() -> None:
     for program in programs:
         program.check()
         print(f"{program.name} at commit {commit_of(program.source)}")
-    print(f"{datetime.now(timezone.utc):%Y-%m-%d}, {cpu_model()}, {options.precision} precision")
+    print(f"{datetime.now(timezone.utc):%Y-%m-%d}, {processor()}, {options.precision} precision")
     rows: dict[str, list[dict[str, Any]]] = {program.name: [] for program in programs}
     for number in range(1, options.rounds + 1):
         for program in programs:
             conditions = {
                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "our_commit": commit_of(REPOSITORY),
-                "cpu": cpu_model(),
+                "our_commit": commit_of(),
+                "cpu": processor(),
                 "program": program.name,
                 "program_commit": commit_of(program.source),
                 "round": number,
