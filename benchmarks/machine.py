@@ -1,11 +1,13 @@
-"""What a row of a benchmark names: the processor and the commit that were measured."""
+"""A row of a benchmark: the processor and the commit that were measured, the file it goes to."""
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -23,3 +25,13 @@ def commit_of(checkout: Path = REPOSITORY) -> str:
     head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
     edited = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
     return head + "-edited" * bool(subprocess.call(edited))
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to the CSV file, with a header where the file is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)

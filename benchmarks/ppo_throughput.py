@@ -15,7 +15,6 @@ of the first rollout's updates and the end of the last one's; no evaluation is i
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -25,9 +24,8 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from machine import REPOSITORY, commit_of, processor
+from machine import REPOSITORY, append_row, commit_of, processor
 
 RESULTS = REPOSITORY / "benchmarks/results/ppo_throughput.csv"
 PROGRAMS = ("ours-adam", "ours-muon", "stock")
@@ -163,16 +161,6 @@ def main() -> None:
             for kind in (0, 1)
         ]
         print(f"{name:10} {wall:8.0f} {cpu:8.0f} {ratios[0]:8.2f} {ratios[1]:6.2f}")
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to the CSV file, with a header where the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

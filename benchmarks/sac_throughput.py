@@ -16,7 +16,6 @@ The window is a multiple of 1000 steps because TorchRL's script collects 1000 st
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import runpy
@@ -34,7 +33,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from machine import REPOSITORY, commit_of, processor
+from machine import REPOSITORY, append_row, commit_of, processor
 
 RESULTS = REPOSITORY / "benchmarks/results/sac_throughput.csv"
 PACKAGES = ("torch", "numpy", "mujoco", "dm_control")  # the same versions everywhere
@@ -204,16 +203,6 @@ def measure(program: Program, steps: int, precision: str) -> dict[str, Any]:
     if conditions != (1, precision) or measured["optimizer_steps_per_step"] < 1:
         raise SystemExit(f"{program.name} did not keep to the conditions: {measured}")
     return measured
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to the CSV file, with a header where the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def print_summary(rows: dict[str, list[dict[str, Any]]]) -> None:

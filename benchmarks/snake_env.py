@@ -19,7 +19,6 @@ begins with one cell anywhere, and a game never says that it ended.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -32,7 +31,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from machine import REPOSITORY, commit_of, processor
+from machine import REPOSITORY, append_row, commit_of, processor
 
 RESULTS = REPOSITORY / "benchmarks/results/snake_env.csv"
 SIZE = 10
@@ -307,16 +306,6 @@ def main() -> None:
                 )
             turns.append(turns.pop(0))
     print_summary(rates)
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to the CSV file, with a header where the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -177,15 +177,18 @@ class Agent(L.LightningModule):
         terms = {name: term for name, term in output.items() if name.startswith("loss_")}
         # Every target is detached, so one step on the sum is exact for each network.
         total = torch.stack(list(terms.values())).sum()
-        scalars = {name: value for name, value in output.items() if value.numel() == 1}
-        self._log_training(scalars)
+        self._log_training(output)
         return total
 
-    def _log_training(self, scalars: dict[str, Tensor]) -> None:
+    def _log_training(self, output: TensorDictBase) -> None:
         """Log an update in N; of updates that share a rollout, and so their frames, the means."""
         data = self.trainer.datamodule
-        if data.updates_per_rate > 1:
-            self._updates.append({name: value.detach() for name, value in scalars.items()})
+        together = data.updates_per_rate > 1
+        if not together and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
+            return
+        scalars = {name: x.detach() for name, x in output.items() if x.numel() == 1}
+        if together:
+            self._updates.append(scalars)
             if not data.is_up_to_date:
                 return
             scalars = {
@@ -193,8 +196,6 @@ class Agent(L.LightningModule):
                 for name in scalars
             }
             self._updates = []
-        elif (self.trainer.global_step + 1) % self.trainer.log_every_n_steps != 0:
-            return
         metrics = {f"train/{name}": value.item() for name, value in scalars.items()}
         metrics["train/frames_per_second"] = self._clock.read(self.frames)
         self.track(metrics | self.rates() | data.take_episode_metrics())

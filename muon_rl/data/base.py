@@ -182,8 +182,9 @@ class AgentData(L.LightningDataModule, ABC):
                 "train/episode_return": ended["episode_return"].mean().item(),
                 "train/episode_length": length.item(),
             }
-            if "score" in ended.keys():  # noqa: SIM118
-                self._episode_metrics["train/episode_score"] = ended["score"].float().mean().item()
+            score = ended.get("score", None)
+            if score is not None:
+                self._episode_metrics["train/episode_score"] = score.float().mean().item()
         return rollout
 
     def take_episode_metrics(self) -> dict[str, float]:

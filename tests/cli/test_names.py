@@ -72,6 +72,7 @@ def test_the_longest_name_makes_a_folder(tmp_path):
     for name in ("x" * names.LONGEST, "a b-c_1.5"):
         names.check(name)
         (tmp_path / name).mkdir()
+        assert (tmp_path / name).is_dir()
 
 
 def test_a_run_and_its_folder_carry_the_filled_name(workspace):

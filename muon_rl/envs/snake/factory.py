@@ -110,9 +110,9 @@ class Snake(EnvFactory):
         Args:
             episode: of shape ``(steps,)``.
         """
-        boards = episode["observation"]
         if self._options["observation"] != "tokens":
             return None
+        boards = episode["observation"]
         # A board after a death is free to be anything.
         after = episode["next"][-1:]
         seen = boards if after["terminated"].item() else torch.cat([boards, after["observation"]])
