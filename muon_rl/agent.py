@@ -197,12 +197,14 @@ class Agent(L.LightningModule):
             }
             self._updates = []
         metrics = {f"train/{name}": value.item() for name, value in scalars.items()}
-        metrics["train/frames_per_second"] = self._clock.read(self.frames)
+        speed = self._clock.read(self.frames)
+        metrics |= {f"train/{name}": value for name, value in speed._asdict().items()}
         self.track(metrics | self.rates() | data.take_episode_metrics())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the optimizer, then the target networks."""
         super().optimizer_step(*args, **kwargs)
+        self._clock.end_step()
         # Not in on_train_batch_end: a checkpoint is saved before it, and would miss this.
         for target in self.targets:
             target.step()
@@ -212,6 +214,8 @@ class Agent(L.LightningModule):
         super().configure_gradient_clipping(optimizer, *args, **kwargs)
         if self.max_grad_norm is not None:
             clip_gradients(optimizer, self.max_grad_norm)
+        # Lightning steps with a closure that ends here: what follows is the optimizer's own work.
+        self._clock.begin_step(self.device)
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Tell Lightning whether to evaluate: it counts batches, an evaluation is due by frames."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import pytest
@@ -183,6 +184,35 @@ def fit_with_rates(kind: type[SACData] = SACData, **options) -> Rates:
 
 
 INITIAL = {"actor/muon": 0.02, "actor/aux": 3e-4, "critic/adamw": 3e-4, "alpha/adam": 3e-4}
+
+
+class Slow(Callback):
+    """Makes each update take at least 30 ms more, in the optimizer's step or before it."""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def on_train_start(self, trainer, pl_module):
+        if self.where == "step":
+            trainer.optimizers[0].register_step_post_hook(lambda *_: time.sleep(0.03))
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.where == "backward":
+            time.sleep(0.03)
+
+
+@pytest.mark.parametrize("where", ["step", "backward"])
+def test_the_optimizers_share_is_its_own_time_alone(where, monkeypatch):
+    tracked = []
+    monkeypatch.setattr(SAC, "track", lambda self, metrics: tracked.append(dict(metrics)))
+    fit(SAC(ENV), Slow(where))
+    readings = [m for m in tracked if "train/optimizer_share" in m]
+    assert len(readings) == 4  # 30 updates, every 7th; 7 updates of 2 frames lie between two
+    for reading in readings[1:]:
+        seconds = 14 / reading["train/frames_per_second"]
+        step = seconds * reading["train/optimizer_share"]
+        assert 0 < step < seconds
+        assert (step if where == "step" else seconds - step) >= 7 * 0.03
 
 
 def test_annealed_rates_fall_to_0_over_the_updates_of_the_run():

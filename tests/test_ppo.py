@@ -56,8 +56,8 @@ def test_each_rollout_has_its_metrics_and_rates_once(case, anneal, workspace):
     assert ("train/aux_learning_rate" in record.data.metrics) == (case == "muon")
     for name in (
         "loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction",
-        "explained_variance", "frames_per_second", "episode_return", "episode_length",
-        "episode_score",
+        "explained_variance", "frames_per_second", "optimizer_share",
+        "episode_return", "episode_length", "episode_score",
     ):  # fmt: skip
         assert [frames for frames, _ in workspace.history(f"train/{name}")] == list(ROLLOUTS), name
 
