@@ -122,7 +122,8 @@ def main() -> None:
     """Run what is not finished yet, then print and write the rows of all points."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     known = {"nargs": "+", "metavar": "NAME"}
-    sweeps, tasks = (list(names) for names in (recipes.sweeps(), recipes.tasks()))
+    sweeps = [name for name in recipes.sweeps() if name.startswith("sac_")]
+    tasks = list(recipes.tasks())
     parser.add_argument(
         "--sweeps", **known, choices=sweeps, default=sweeps,
         help=f"whose points are run: {', '.join(sweeps)} (default all)",

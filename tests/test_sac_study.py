@@ -21,7 +21,9 @@ SHORT = (
 )  # fmt: skip
 UPDATES = 20
 START = 8  # of delayed momentum
-SWEEPS = {name: read_sweep(path) for name, path in recipes.sweeps().items()}
+SWEEPS = {
+    name: read_sweep(path) for name, path in recipes.sweeps().items() if name.startswith("sac_")
+}
 NETWORKS = {"actor": "actor_network", "critic": "qvalue_network"}
 
 

@@ -6,40 +6,71 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
 
+from muon_rl.experiments.ranges import Ranges, read_ranges
+
 _TOGETHER = re.compile(r"\{([^{}]*)\}")
 
 
+KINDS = ("grid", "points", "ranges")
+
+
 class Sweep(NamedTuple):
-    """A recipe and the points that it is run at.
+    """A recipe and the points that it is run at, or the ranges that they are drawn from.
 
     Args:
         config: the recipe's name or file.
-        points: of each, the values by dotted key.
+        points: of each, the values by dotted key; none where there are ranges.
+        tasks: names or files of what goes on top of the recipe.
+        ranges: by dotted key; none where there are points.
     """
 
     config: str
     points: list[dict[str, Any]]
+    tasks: tuple[str, ...] = ()
+    ranges: Ranges = MappingProxyType({})
 
 
 def read_sweep(path: str | Path) -> Sweep:
-    """Read a sweep's file: ``config`` and ``grid``.
+    """Read a sweep's file: ``config``, ``tasks`` if there are any, and what is varied.
+
+    That is one of ``grid`` (see :func:`grid_points`), ``points`` (a list of values by dotted key)
+    and ``ranges`` (see :func:`~muon_rl.experiments.read_ranges`). Braces in a key stand for several
+    keys in each of them.
 
     Args:
-        path: of the YAML file; see :func:`grid_points` for ``grid``.
+        path: of the YAML file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it has other keys, or a grid that is none.
+        ValueError: if it has other keys, or what is varied is not as it must be.
     """
-    content = yaml.safe_load(Path(path).read_text())
-    if not isinstance(content, dict) or set(content) != {"config", "grid"}:
-        there = ", ".join(map(str, content)) if isinstance(content, dict) else "no keys"
-        raise ValueError(f"{path} must have the keys config and grid, but has {there}.")
-    return Sweep(str(content["config"]), grid_points(content["grid"]))
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    keys = set(content) if isinstance(content, dict) else set()
+    kind = keys & set(KINDS)
+    if "config" not in keys or len(kind) != 1 or keys - {"config", "tasks", *KINDS}:
+        there = ", ".join(map(str, content)) if keys else "no keys"
+        raise ValueError(
+            f"{path} must have the key config, one of grid, points and ranges, and may have tasks, "
+            f"but has {there}."
+        )
+    tasks = content.get("tasks") or []
+    tasks = tuple(map(str, [tasks] if isinstance(tasks, str) else tasks))
+    given = content[kind.pop()]
+    try:
+        if "ranges" in keys:
+            return Sweep(str(content["config"]), [], tasks, read_ranges(given))
+        points = grid_points(given) if "grid" in keys else _listed(given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Sweep(str(content["config"]), points, tasks)
 
 
 def grid_points(
@@ -63,11 +94,41 @@ def grid_points(
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"The values of {key} must be a list of at least one, not {values!r}.")
-    keys = [_keys(key) for key in grid]
     return [
-        {key: value for group, value in zip(keys, values, strict=True) for key in group}
-        for values in itertools.product(*grid.values())
+        expand(dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())
     ]
+
+
+def expand(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with a key for each that braces stand for.
+
+    Args:
+        values: by dotted key.
+
+    Raises:
+        ValueError: if a key is set twice.
+
+    Example:
+        >>> expand({"{actor,critic}.lr": 0.1, "clip": 0.2})
+        {'actor.lr': 0.1, 'critic.lr': 0.1, 'clip': 0.2}
+    """
+    point: dict[str, Any] = {}
+    for group, value in values.items():
+        for key in _keys(str(group)):
+            if key in point:
+                raise ValueError(f"A point sets {key} twice: {', '.join(map(str, values))}.")
+            point[key] = value
+    return point
+
+
+def _listed(points: Any) -> list[dict[str, Any]]:
+    """Return the points of a list."""
+    if not isinstance(points, list) or not points:
+        raise ValueError(f"points must be a list of at least one, not {points!r}.")
+    for point in points:
+        if not isinstance(point, dict):
+            raise ValueError(f"A point must be values by dotted key, not {point!r}.")
+    return [expand(point) for point in points]
 
 
 def _keys(key: str) -> list[str]:
