@@ -21,7 +21,8 @@ def test_a_recipe_builds_its_parts(name, workspace):
     cli = RecipeCLI(with_recipe_paths(["fit", f"--config={name}"]))
     groups = {group["name"] for group in cli.model.build_optimizer().param_groups}
     case = next((case for case in ("adamw", "adam") if case in name.split("_")), "muon")
-    for network in ("trunk",) if name.startswith("ppo") else ("actor", "critic"):
+    networks = {"ppo": ("trunk",), "sac": ("actor", "critic"), "muesli": ("actor",)}
+    for network in networks[name.partition("_")[0]]:
         assert f"{network}/{case}" in groups
     assert cli.datamodule.total_updates > 0
     assert not (workspace.folder / "mlflow.db.lock").exists() or not workspace.records

@@ -3,6 +3,7 @@
 from muon_rl.envs.base import EnvFactory
 from muon_rl.envs.dm_control import DMControl
 from muon_rl.envs.gym import Gym
+from muon_rl.envs.minatar import MinAtar
 from muon_rl.envs.several import load_states, make_several, states_of
 from muon_rl.envs.snake import Snake, SnakeEnv
 
@@ -10,6 +11,7 @@ __all__ = [
     "DMControl",
     "EnvFactory",
     "Gym",
+    "MinAtar",
     "Snake",
     "SnakeEnv",
     "load_states",

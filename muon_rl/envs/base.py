@@ -30,6 +30,7 @@ class EnvFactory(ABC):
     """
 
     steps_together = False  # whether one environment is several games, with a batch dim of its own
+    num_envs = 1  # how many they are
 
     def __init__(self, action_repeat: int = 1) -> None:
         if action_repeat < 1:

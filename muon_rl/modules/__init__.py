@@ -10,6 +10,7 @@ from muon_rl.modules.grid_actor_critic import (
 from muon_rl.modules.latent import MinMaxNorm
 from muon_rl.modules.mlp import L2Norm, ResidualMLP, mlp
 from muon_rl.modules.muesli_policy import MuesliPolicy
+from muon_rl.modules.q_head import QHead
 from muon_rl.modules.representation import GridEncoder, representation
 from muon_rl.modules.spectral import SpectralLinear, spectral_normalize
 from muon_rl.modules.transformer import GridTransformer
@@ -26,6 +27,7 @@ __all__ = [
     "MinMaxNorm",
     "MuesliPolicy",
     "QCritic",
+    "QHead",
     "ResidualMLP",
     "SignedHyperbolicTwoHot",
     "SpectralLinear",

@@ -73,6 +73,7 @@ class WorldModel(TensorDictModuleBase):
 
     Attributes:
         specs: the specs; those of a discrete action list all actions by ``specs.action.enumerate``.
+        latent: as given.
         code: the :class:`~muon_rl.modules.SignedHyperbolicTwoHot` of value and reward, or None.
 
     Raises:
@@ -128,7 +129,7 @@ class WorldModel(TensorDictModuleBase):
                     parameter.mul_(_FIRST_PREDICTIONS)
             return network
 
-        self.specs = specs
+        self.specs, self.latent = specs, latent
         self.code = None if bins is None else SignedHyperbolicTwoHot(bins, limit)
         action = ActionFeatures(specs.action)
         self.representation = representation(

@@ -1,0 +1,256 @@
+"""Sequences: unbroken windows, the share that is replayed, targets across ends, the resume."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from muon_rl.recipes.muesli import Muesli, MuesliData
+from walk import register
+
+from muon_rl.data.sequences import STRETCH
+from muon_rl.envs import DMControl, EnvFactory, Gym, Snake
+from muon_rl.modules import WorldModel
+
+CARTPOLE = DMControl("cartpole", "swingup", action_repeat=2)
+LENGTH = 5
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def small(specs) -> WorldModel:
+    encoder = "mlp" if specs.observation.ndim == 1 else "conv"
+    widths = {key: [8] for key in ("hidden", "dynamics_hidden", "head_hidden")}
+    return WorldModel(specs, latent=8, bins=None, encoder=encoder, channels=[4], **widths)
+
+
+def make(env: EnvFactory, **options) -> MuesliData:
+    """Return Muesli's data on an environment, with an agent of its own, ready to fit."""
+    defaults = {
+        "total_frames": 400, "sequence_length": LENGTH, "batch_size": 8, "buffer_size": 100,
+        "steps_per_collection": 40, "updates_per_step": 0.1, "num_envs": 2,
+    }  # fmt: skip
+    data = MuesliData(env, **{**defaults, **options})
+    data.trainer = SimpleNamespace(
+        lightning_module=Muesli(env, small), received_sigterm=False, global_rank=0,
+        state=SimpleNamespace(fn="fit"),
+    )  # fmt: skip
+    data.setup("fit")
+    return data
+
+
+def batches_with_fresh(data: MuesliData):
+    """Yield each batch with the fresh sequences of that moment."""
+    for batch in data.train_dataloader():
+        yield batch, data._fresh
+
+
+def places(batch, sequences) -> list[list[int]]:
+    """Return for each sequence of a batch where the same observations are among some others."""
+    same = (batch["observation"].unsqueeze(1) == sequences["observation"]).flatten(2).all(-1)
+    return [row.nonzero().flatten().tolist() for row in same]
+
+
+# ---------------------------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize(("num_envs", "buffer_size"), [(1, 100), (1, 47), (2, 100), (3, 61)])
+def test_a_sequence_is_an_unbroken_stretch_of_one_game(num_envs, buffer_size):
+    data = make(
+        Gym(register()), num_envs=num_envs, buffer_size=buffer_size, steps_per_collection=30,
+        batch_size=6, total_frames=300,
+    )  # fmt: skip
+    seen = 0
+    for batch in data.train_dataloader():
+        assert batch.shape == (6, LENGTH)
+        after, later = batch["next", "observation"][:, :-1], batch["observation"][:, 1:]
+        goes_on = ~batch["next", "done"][:, :-1].squeeze(-1)
+        assert torch.equal(after[goes_on], later[goes_on])
+        # Where an episode ended, another began.
+        assert (after[~goes_on] != later[~goes_on]).all()
+        seen += int((~goes_on).sum())
+    assert seen > 20
+
+
+def test_windows_begin_at_any_step():
+    data = make(Gym(register()), replay_fraction=1.0)
+    starts = set()
+    for batch, _ in batches_with_fresh(data):
+        starts |= set(
+            batch["step_count" if "step_count" in batch else "observation"][:, 0, 1].tolist()
+        )
+    assert len(starts) > 40
+
+
+def test_many_games_in_one_environment():
+    env = Snake(6, 6, num_envs=3, max_steps=7, observation="planes")
+    data = make(env, num_envs=1, steps_per_collection=30, buffer_size=90)
+    for batch in data.train_dataloader():
+        goes_on = ~batch["next", "done"][:, :-1].squeeze(-1)
+        after, later = batch["next", "observation"][:, :-1], batch["observation"][:, 1:]
+        assert torch.equal(after[goes_on], later[goes_on])
+        assert not goes_on.all()
+
+
+# ---------------------------------------------------------------------------------------- mixture
+
+
+@pytest.mark.parametrize(("share", "replayed"), [(0.0, 0), (0.25, 2), (0.75, 6), (1.0, 8)])
+def test_a_batch_has_the_share_of_replay_that_was_asked_for(share, replayed):
+    data = make(Gym(register()), replay_fraction=share)
+    assert (data.buffer is None) == (share == 0)
+    older = 0
+    for number, (batch, fresh) in enumerate(batches_with_fresh(data)):
+        found = places(batch, fresh)
+        assert all(len(where) == 1 for where in found[: 8 - replayed])
+        if number >= 8:  # from the third collection on
+            older += sum(not where for where in found[8 - replayed :])
+    # Of the two collections and a half that the buffer holds most are not the newest.
+    assert older >= 16 * replayed
+
+
+def test_every_fresh_sequence_is_served_before_any_is_served_again():
+    data = make(Gym(register()), replay_fraction=0.5, updates_per_step=0.2)
+    served = []  # of each collection, the places of the sequences in their order
+    for number, (batch, fresh) in enumerate(batches_with_fresh(data)):
+        if number % 8 == 0:
+            served.append([])
+        served[-1] += [place for (place,) in places(batch[:4], fresh)]
+    assert len(served) == 10
+    orders = set()
+    for order in served:  # 8 updates of 4: each of the 8 sequences four times
+        assert len(order) == 32
+        for start in range(0, 32, 8):
+            assert sorted(order[start : start + 8]) == list(range(8))
+            orders.add(tuple(order[start : start + 8]))
+    assert len(orders) > 30
+
+
+@pytest.mark.parametrize(("frames", "updates"), [(400, 40), (401, 44), (40, 4)])
+def test_updates_follow_the_frames(frames, updates):
+    data = make(Gym(register()), total_frames=frames)
+    assert len(data.train_dataloader()) == data.total_updates == updates
+    assert sum(1 for _ in data.train_dataloader()) == updates
+    assert data.frames == updates * 10
+
+
+def test_a_collection_is_rounded_up_to_whole_sequences_of_every_game():
+    assert make(Gym(register()), steps_per_collection=41, num_envs=3).steps_per_collection == 45
+    data = make(Snake(6, 6, num_envs=4, observation="planes"), num_envs=1, steps_per_collection=1)
+    assert data.steps_per_collection == 20
+
+
+# ---------------------------------------------------------------------------------------- targets
+
+
+def test_returns_across_ends_are_those_of_a_loop_over_steps():
+    env = Gym(register())
+    data = make(env, sequence_length=20, steps_per_collection=40, buffer_size=200)
+    agent = data.trainer.lightning_module
+    batch = list(data.train_dataloader())[-1]
+    policy = agent.loss.losses["policy"]
+    seen = batch.copy()
+    prior = policy.target_critic_network_params
+    policy.value_estimator(seen, params=prior, target_params=prior)
+
+    def values(of):
+        with torch.no_grad(), prior.to_module(policy.critic_network):
+            return policy.critic_network(of.select("observation"))["value_pred"].squeeze(-1)
+
+    with torch.no_grad():
+        distribution = agent.policy.get_dist(batch.select("observation"))
+        ratio = (distribution.log_prob(batch["action"]) - batch["action_log_prob"]).exp()
+    reward, after = batch["next", "reward"].squeeze(-1), values(batch["next"])
+    done, terminated = (batch["next", key].squeeze(-1) for key in ("done", "terminated"))
+    assert (done & ~terminated).any() and terminated.any()
+    for row in range(len(batch)):
+        later = None
+        for t in reversed(range(20)):
+            value = 0.0 if terminated[row, t] else after[row, t]
+            if later is not None and not done[row, t]:
+                c = 0.95 * min(1.0, float(ratio[row, t + 1]))
+                value = value + c * (later - after[row, t])
+            later = reward[row, t] + 0.99 * value
+            assert seen["value_target"][row, t, 0] == pytest.approx(float(later), abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("updates", [1, 3, 4, 30])
+@pytest.mark.parametrize("share", [0.0, 0.75])
+def test_a_resumed_stream_goes_on(updates, share, tmp_path):
+    data = make(CARTPOLE, total_frames=800, replay_fraction=share)
+    stream = iter(data.train_dataloader())
+    for _ in range(updates):
+        next(stream)
+    torch.save(data.state_dict(), tmp_path / "data.pt")
+    expected = [batch.clone() for batch in stream]
+
+    torch.manual_seed(1)
+    resumed = make(CARTPOLE, total_frames=800, replay_fraction=share)
+    resumed.trainer.lightning_module.load_state_dict(data.trainer.lightning_module.state_dict())
+    resumed.load_state_dict(torch.load(tmp_path / "data.pt", weights_only=True))
+    rest = resumed.train_dataloader()
+    assert len(rest) == len(expected) == 40 - updates
+    for batch, other in zip(rest, expected, strict=True):
+        assert (batch == other).all()
+
+
+def test_no_window_runs_from_an_episode_into_one_that_a_resume_began():
+    data = make(Gym(register()), total_frames=800, replay_fraction=1.0)
+    stream = iter(data.train_dataloader())
+    for _ in range(4):
+        next(stream)
+    resumed = make(Gym(register()), total_frames=800, replay_fraction=1.0)
+    resumed.load_state_dict(data.state_dict())
+    for _, batch in zip(range(5), resumed.train_dataloader(), strict=False):
+        after, later = batch["next", "observation"][:, :-1], batch["observation"][:, 1:]
+        goes_on = ~batch["next", "done"][:, :-1].squeeze(-1)
+        assert torch.equal(after[goes_on], later[goes_on])
+    assert set(resumed.buffer[:][STRETCH].flatten().tolist()) == {0, 1}
+
+
+def test_without_its_buffer_a_resumed_run_collects_first():
+    data = make(Gym(register()), save_buffer=False)
+    stream = iter(data.train_dataloader())
+    for _ in range(6):
+        next(stream)
+    state = data.state_dict()
+    assert "contents" not in state
+    resumed = make(Gym(register()), save_buffer=False)
+    resumed.load_state_dict(state)
+    assert sum(1 for _ in resumed.train_dataloader()) == 34
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"sequence_length": 4}, {"num_envs": 1}, {"steps_per_collection": 20}, {"buffer_size": 90}],
+)
+def test_a_checkpoint_of_other_sizes_is_refused(option):
+    data = make(Gym(register()))
+    next(iter(data.train_dataloader()))
+    name = f"data.{next(iter(option))}"
+    with pytest.raises(ValueError, match=f"{name} is .* set it as it was, or begin a fresh run"):
+        make(Gym(register()), **option).load_state_dict(data.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"replay_fraction": 1.2}, "replay_fraction must be in"),
+        ({"replay_fraction": float("nan")}, "replay_fraction must be in"),
+        ({"updates_per_step": 0.0}, "updates_per_step must be above 0"),
+        ({"sequence_length": 0}, "sequence_length must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"buffer_size": 39}, "buffer_size is 39, but one collection has 40 steps"),
+        ({"updates_per_step": 0.002}, "leave no update"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        make(Gym(register()), **option)
