@@ -63,6 +63,7 @@ class Agent(L.LightningModule):
         self.targets = list(targets)
         self.max_grad_norm = max_grad_norm
         self.anneal_lr = anneal_lr
+        self.output: TensorDictBase | None = None  # of the loss, for callbacks until the backward
         self._clock = Clock()
         self._updates: list[dict[str, Tensor]] = []  # metrics of a rollout's so far
         self._evaluated: dict[str, list[float]] = {}
@@ -177,8 +178,13 @@ class Agent(L.LightningModule):
         terms = {name: term for name, term in output.items() if name.startswith("loss_")}
         # Every target is detached, so one step on the sum is exact for each network.
         total = torch.stack(list(terms.values())).sum()
+        self.output = output
         self._log_training(output)
         return total
+
+    def on_after_backward(self) -> None:
+        """Let go of what the loss returned, and of its graph."""
+        self.output = None
 
     def _log_training(self, output: TensorDictBase) -> None:
         """Log an update in N; of updates that share a rollout, and so their frames, the means."""

@@ -4,6 +4,10 @@ from muon_rl.callbacks.checkpoints import Checkpoints
 from muon_rl.callbacks.effective_rank import EffectiveRank
 from muon_rl.callbacks.film import Film
 from muon_rl.callbacks.graceful_stop import GracefulStop
+from muon_rl.callbacks.loss_health import LossHealth, RedFlagError
 from muon_rl.callbacks.progress import FramesProgressBar
 
-__all__ = ["Checkpoints", "EffectiveRank", "Film", "FramesProgressBar", "GracefulStop"]
+__all__ = [
+    "Checkpoints", "EffectiveRank", "Film", "FramesProgressBar", "GracefulStop", "LossHealth",
+    "RedFlagError",
+]  # fmt: skip

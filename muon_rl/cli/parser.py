@@ -6,7 +6,7 @@ from typing import Any, Literal, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from muon_rl.callbacks import Checkpoints, EffectiveRank
+from muon_rl.callbacks import Checkpoints, EffectiveRank, LossHealth
 from muon_rl.cli import ConfigError
 from muon_rl.cli.errors import explain
 from muon_rl.envs import EnvFactory
@@ -40,6 +40,7 @@ class RecipeParser(LightningArgumentParser):
         self.add_subclass_arguments(EnvFactory, "env", help="Makes the environments.")
         self.add_lightning_class_args(Checkpoints, "checkpoint")
         self.add_lightning_class_args(EffectiveRank, "effective_rank")
+        self.add_lightning_class_args(LossHealth, "loss_health")
         self.add_argument(
             "--method_name",
             type=str | None,

@@ -170,6 +170,9 @@ class RecipeCLI(LightningCLI):
             if effective_rank.enabled:
                 effective_rank.check(self.model.loss, self.datamodule)
                 callbacks.append(effective_rank)
+            loss_health = self.config_init[self.subcommand].loss_health
+            if loss_health.enabled:
+                callbacks.append(loss_health)
         # Lightning refuses enable_progress_bar=false beside a bar among the callbacks.
         if self.subcommand == "fit" and trainer["enable_progress_bar"] is not False:
             callbacks.append(FramesProgressBar())

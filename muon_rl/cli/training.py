@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from muon_rl.callbacks import RedFlagError
 from muon_rl.cli import help, recipes
 from muon_rl.cli.recipe_cli import RecipeCLI
 
@@ -31,6 +32,9 @@ def main(arguments: list[str]) -> None:
     try:
         cli = RecipeCLI(arguments)
         cli.run()
+    except RedFlagError as flag:
+        sys.stderr.write(f"{flag}\n")
+        raise SystemExit(1) from flag
     except (SystemExit, KeyboardInterrupt) as stop:
         # Lightning turns a second Ctrl-C into a plain exit with code 1.
         was_stopped = isinstance(stop, (SIGTERMException, KeyboardInterrupt))
