@@ -6,10 +6,12 @@ MLflow, checkpoints' machinery and metrics on, once with Adam and once with Muon
 is put together as TorchRL's own PPO examples are: the collector runs the actor, ``GAE`` runs the
 critic on states and next states, ``ClipPPOLoss`` runs the trunk for the actor and again for the
 critic, ``torch.optim.Adam`` steps. It takes its advantages once a rollout (the examples: once an
-epoch) and tracks nothing.
+epoch) and tracks nothing. Where an interpreter with JAX is named, ``ppo_jax.py`` is one more: all
+of a rollout and its updates in one jitted function.
 
-Every program runs in a process of its own and they take turns. What is timed lies between the end
-of the first rollout's updates and the end of the last one's; no evaluation is in it.
+Every program runs in a process of its own, held to as many cores as it has threads, and they take
+turns. What is timed lies between the end of the first rollout's updates (JAX compiles before) and
+the end of the last one's; no evaluation is in it.
 """
 
 from __future__ import annotations
@@ -30,6 +32,12 @@ from machine import REPOSITORY, append_row, commit_of, processor
 RESULTS = REPOSITORY / "benchmarks/results/ppo_throughput.csv"
 PROGRAMS = ("ours-adam", "ours-muon", "stock")
 GAMES, STEPS, EPOCHS, MINIBATCHES = 128, 4096, 3, 8
+SETUP = """\
+the peer, where it is asked for:
+
+  python -m venv JAX && JAX/bin/pip install jumanji==1.1.2 jax==0.10.2 jaxlib==0.10.2 optax==0.2.8
+      --jax JAX/bin/python
+"""
 
 Mark = tuple[int, float, float]  # frames, seconds by the clock, seconds of the processor
 
@@ -118,13 +126,30 @@ def measure(name: str, rollouts: str) -> None:
     print(json.dumps({"frames": frames, "wall": wall, "cpu": cpu}))
 
 
-def run(name: str, rollouts: int, threads: int) -> dict[str, float]:
-    """Run a program in a process and a folder of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    environment.pop("MLFLOW_TRACKING_URI", None)
+def run(name: str, rollouts: int, threads: int, jax: Path | None) -> dict[str, float]:
+    """Run a program in a process and a folder of its own, on as many cores as threads."""
+    variables = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     command = [sys.executable, str(Path(__file__).resolve()), "measure", name, str(rollouts)]
+    if name == "jax":
+        # XLA has as many threads as the process has cores; with one, let it make no pool at all.
+        alone = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        variables |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": alone if threads == 1 else ""}
+        program = REPOSITORY / "benchmarks/ppo_jax.py"
+        command = [str(jax), str(program), "measure", str(rollouts)]
+    environment = os.environ | variables
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    if name == "jax":
+        environment.pop("PYTHONPATH", None)
+    cores = sorted(os.sched_getaffinity(0))[-threads:]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
     if done.returncode:
         raise SystemExit(f"{done.stderr[-3000:]}\n\n{name} ended without a result")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -133,17 +158,28 @@ def run(name: str, rollouts: int, threads: int) -> dict[str, float]:
 
 def main() -> None:
     """Run the rounds, print rates and ratios, and add the rows to the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    layout = argparse.RawDescriptionHelpFormatter
+    summary = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(description=summary, epilog=SETUP, formatter_class=layout)
+    parser.add_argument("--jax", type=Path, help="an interpreter that has jax, jumanji and optax")
+    parser.add_argument(
+        "--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS, help="beside JAX's; all"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="of all programs (default 5)")
     parser.add_argument("--rollouts", type=int, default=8, help="of 4096 frames (default 8)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file to add rows to")
     options = parser.parse_args()
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in PROGRAMS}
-    turns = list(PROGRAMS)
+    turns = list(options.programs)
+    if options.jax:
+        options.jax = options.jax.absolute()
+        turns.append("jax")
+    else:
+        print("jax: not compared, no --jax")
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}
     for number in range(1, options.rounds + 1):
         for name in turns:
-            measured = run(name, options.rollouts, options.threads)
+            measured = run(name, options.rollouts, options.threads, options.jax)
             rate = measured["frames"] / measured["wall"], measured["frames"] / measured["cpu"]
             rates[name].append(rate)
             append_row(options.output, {
@@ -153,14 +189,19 @@ def main() -> None:
                 "frames_per_second": round(rate[0]), "frames_per_cpu_second": round(rate[1]),
             })  # fmt: skip
         turns.append(turns.pop(0))
-    print("frames/s, medians: wall / CPU; of the rounds' ratios to stock: wall / CPU")
+    peers = [name for name in ("stock", "jax") if name in rates]
+    titles = "".join(f"{'/ ' + peer:>16}" for peer in peers)
+    print(f"frames/s, medians: wall / CPU{titles}")
     for name, own in rates.items():
         wall, cpu = (median(rate[kind] for rate in own) for kind in (0, 1))
-        ratios = [
-            median(mine[kind] / its[kind] for mine, its in zip(own, rates["stock"], strict=True))
-            for kind in (0, 1)
-        ]
-        print(f"{name:10} {wall:8.0f} {cpu:8.0f} {ratios[0]:8.2f} {ratios[1]:6.2f}")
+        line = f"{name:10} {wall:8.0f} / {cpu:7.0f}"
+        for peer in peers:
+            ratios = (
+                median(mine[kind] / its[kind] for mine, its in zip(own, rates[peer], strict=True))
+                for kind in (0, 1)
+            )
+            line += f"{' / '.join(f'{ratio:.2f}' for ratio in ratios):>16}"
+        print(line)
 
 
 if __name__ == "__main__":
