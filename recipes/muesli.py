@@ -33,6 +33,7 @@ from muon_rl.objectives import (
 )
 from muon_rl.objectives.presets import PRESETS
 from muon_rl.optim import OptimizerConfig
+from muon_rl.optim.roles import network_roles
 from muon_rl.specs import Specs
 
 
@@ -258,13 +259,13 @@ class Muesli(Agent):
             )
             if not dynamics:  # then it has values to bootstrap from
                 targets.append(SoftUpdate(losses["model"], tau=tau))
-        optimizers = dict(vars(optimizer))
-        if action_values != "q_head":
-            del optimizers["critic"]  # nothing of it is trained
+        loss = MuesliLosses(losses)
+        # PPO's critic shares with the actor what is a trunk as soon as there is a Q-head as well.
+        of = {"actor": optimizer.actor, "trunk": optimizer.actor, "critic": optimizer.critic}
         super().__init__(
-            loss=MuesliLosses(losses),
+            loss=loss,
             policy=policy,
-            optimizer=optimizers,
+            optimizer={name: of[name] for name in network_roles(loss)},
             targets=targets,
             max_grad_norm=max_grad_norm,
             anneal_lr=anneal_lr,

@@ -1,0 +1,117 @@
+"""Muesli's recipes: each configuration trains every network, and says what it cannot do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from muon_rl.cli import main, recipes
+from muon_rl.experiments import read_sweep
+
+PROTOCOL = read_sweep(recipes.sweeps()["muesli_protocol"])
+SHORT = (
+    "--data.total_frames=400", "--data.eval_every=1000", "--data.eval_episodes=1",
+    "--model.world_model.latent=16", "--model.world_model.hidden=[16]",
+    "--model.world_model.dynamics_hidden=[16]", "--model.world_model.head_hidden=[16]",
+    "--trainer.log_every_n_steps=5", "--trainer.enable_progress_bar=false",
+)  # fmt: skip
+TERMS = {
+    "ppo": {"objective", "critic", "entropy"},
+    "ppo_model": {"muesli_policy", "muesli_value", "muesli_reward"},
+    "ppo_model_cmpo": {"muesli_policy", "muesli_value", "muesli_reward", "cmpo", "q_head"},
+    "ppo_model_cmpo_dynamics": {
+        "muesli_policy", "dynamics_reward", "dynamics_returns", "cmpo", "q_head",
+    },
+    "muesli": {
+        "policy", "value", "cmpo", "muesli_policy", "dynamics_reward", "dynamics_returns",
+    },
+}  # fmt: skip
+
+
+def fit(workspace, config: str, *options: str) -> None:
+    workspace.options = (f"--config={config}", *SHORT)
+    workspace.fit(*options)
+
+
+def expected_terms(method: str) -> set[str]:
+    if method.startswith("muesli"):
+        return TERMS["muesli"]
+    return TERMS[method] | TERMS["ppo"]
+
+
+def untrained(workspace) -> list[str]:
+    """Return the groups that have a parameter whose moments are 0."""
+    state = torch.load(workspace.checkpoint(), weights_only=True)["optimizer_states"][0]
+    return [
+        group["name"]
+        for group in state["param_groups"]
+        for index in group["params"]
+        if not any(
+            x.abs().sum() > 0 for k, x in state["state"].get(index, {}).items() if k != "step"
+        )
+    ]
+
+
+@pytest.mark.parametrize("point", PROTOCOL.points, ids=lambda point: point["method_name"])
+def test_each_configuration_of_the_protocol_trains_its_terms(point, workspace):
+    values = [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in point.items()]
+    fit(workspace, PROTOCOL.config, *values)
+    (record,) = workspace.records
+    logged = {name.removeprefix("train/loss_") for name in record.data.metrics if "/loss_" in name}
+    assert logged == expected_terms(point["method_name"])
+    groups = set(untrained(workspace))
+    # PPO alone leaves the dynamics as they were drawn: nothing unrolls them.
+    assert not groups or point["method_name"] == "ppo"
+    assert record.data.tags["method"] == point["method_name"]
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("muesli_minatar_breakout", ["--data.steps_per_collection=160"]),
+        ("muesli_snake", []),
+        ("muesli_cartpole_swingup", []),
+    ],
+)
+def test_each_recipe_trains_every_network(config, options, workspace):
+    if config == "muesli_snake":
+        options = ["--data.total_frames=1280", "--data.eval_episodes=32"]
+    fit(workspace, config, "--data.batch_size=4", *options)
+    assert untrained(workspace) == []
+    (record,) = workspace.records
+    assert record.info.status == "FINISHED"
+
+
+def test_presets_and_what_is_given_in_their_place(workspace):
+    fit(workspace, "muesli_cartpole", "--model.preset=aggressive", "--model.kl_coef=0.3")
+    (record,) = workspace.records
+    assert record.data.params["model.preset"] == "aggressive"
+    loss = torch.load(workspace.checkpoint(), weights_only=True)["state_dict"]
+    assert loss["loss.losses.cmpo.kl_coef"].item() == pytest.approx(0.3)
+    assert loss["loss.losses.model.policy_pred_coef"].item() == pytest.approx(0.005)
+    assert loss["loss.losses.dynamics.returns_pred_coef"].item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.action_values=none"], "model.model_policy=cmpo needs CMPO"),
+        (["--model.gamma=1.5"], "model.gamma must be in"),
+        (["--model.tau=0"], "model.tau must be in"),
+        (["--model.clip=0"], "model.clip must be above 0"),
+        (["--model.unroll_steps=0"], "unroll_steps must be"),
+        (
+            ["--config=muesli_cartpole_swingup", "--model.action_values=q_head"],
+            "A Q-head values each of the actions",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(options, message, workspace, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=muesli_cartpole", *options])
+    text = capsys.readouterr().err
+    assert message in text
+    assert len(text.strip().splitlines()) == 1
+    assert not (workspace.folder / "mlflow.db").exists()
