@@ -39,12 +39,12 @@ class MLflow(MLFlowLogger):
         run_name: str | None = None,
         tracking_uri: str | None = None,
         run_id: str | None = None,
-        tags: dict[str, Any] | None = None,
+        tags: dict[str, str | int | float | bool | list | None] | None = None,
     ) -> None:
         # Absolute: MLflow keeps a store open by its address, wherever the process goes.
         here = f"sqlite:///{Path('mlflow.db').absolute()}"
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or here
-        with _one_process_at_a_time(uri):
+        with one_process_at_a_time(uri):
             super().__init__(
                 experiment_name=experiment_name or "",
                 run_name=run_name,
@@ -60,7 +60,7 @@ class MLflow(MLFlowLogger):
         """The MLflow client, with the run begun."""
         if self._initialized:
             return self._mlflow_client
-        with _one_process_at_a_time(self._tracking_uri):
+        with one_process_at_a_time(self._tracking_uri):
             return super().experiment
 
     @property
@@ -153,7 +153,7 @@ class MLflow(MLFlowLogger):
             operation.wait()
 
 
-def _one_process_at_a_time(tracking_uri: str) -> AbstractContextManager:
+def one_process_at_a_time(tracking_uri: str) -> AbstractContextManager:
     """Return a lock on a sqlite store: runs that start together would each make its tables."""
     if not tracking_uri.startswith("sqlite:///"):
         return nullcontext()

@@ -12,6 +12,7 @@ from muon_rl import __version__
 COMMANDS = {
     "fit": ("muon_rl.cli.training:main", "train an agent as a recipe says"),
     "validate": ("muon_rl.cli.training:main", "play evaluation episodes with a checkpoint"),
+    "sweep": ("muon_rl.cli.sweep:main", "train at every point of a grid or search, with seeds"),
     "recipes": ("muon_rl.cli.recipes:main", "list the recipes that are shipped"),
 }
 
@@ -28,6 +29,7 @@ examples:
   muon-rl fit --config sac_cartpole_swingup
   muon-rl fit --config sac_cheetah --model.optimizer.critic.case=adamw
   muon-rl fit --config sac_cheetah --ckpt_path=last      (go on where it stopped)
+  muon-rl sweep sac_cheetah --grid model.optimizer.critic.case=adamw,muon --seeds 0:5
   muon-rl fit --config sac_cheetah --help                (all that this recipe lets you set)
 """
 
