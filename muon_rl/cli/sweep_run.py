@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -40,6 +41,7 @@ class SweepRun:
 
     def __init__(self, plan: Plan, options: argparse.Namespace, command_line: str) -> None:
         quieten()
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         self.plan, self.options, self.command_line = plan, options, command_line
         processors = sweep_options.processors()
         self.threads = options.threads or max(1, processors // options.jobs)
@@ -189,7 +191,8 @@ class SweepRun:
         best = ranking(jobs, runs, self.options.metric, self.options.minimize)[:_SHOWN]
         for point, values in best:
             mean = sum(values.values()) / len(values)
-            print(f"  {self.options.metric} {mean:8.4g}, mean of {len(values)} seeds  {point.name}")
+            seeds_of = "1 seed" if len(values) == 1 else f"{len(values)} seeds"
+            print(f"  {self.options.metric} {mean:8.4g}, mean of {seeds_of}  {point.name}")
         for job, code in state.failed.items():
             log = self.study.log_file(job)
             print(f"FAILED {job.name} (exit code {code}), {log}:")

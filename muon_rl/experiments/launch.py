@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
+
+PARENT = "MUON_RL_PARENT"  # environment variable: the process that a training ends with
 
 
 class Launcher(Protocol):
@@ -43,7 +45,7 @@ class LocalLauncher:
     """
 
     def __init__(self, environment: Mapping[str, str], keep_open: Sequence[int] = ()) -> None:
-        self._environment = {**os.environ, **environment}
+        self._environment = with_parent(environment)
         self._keep_open = tuple(keep_open)
         self._processes: dict[Hashable, subprocess.Popen] = {}
 
@@ -59,7 +61,6 @@ class LocalLauncher:
                 env=self._environment,
                 start_new_session=True,
                 pass_fds=self._keep_open,
-                preexec_fn=end_with_parent(),
             )
 
     def ended(self) -> dict[Hashable, int]:
@@ -85,9 +86,20 @@ class LocalLauncher:
         """Hold nothing: a process that runs goes on."""
 
 
-def end_with_parent() -> Callable[[], None] | None:
-    """Return what a new process calls so that it gets a SIGTERM when its parent dies (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl  # found before the fork, which should do little
-    return lambda: prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def end_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the process dies that started this one by a launcher."""
+    parent = os.environ.get(PARENT)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):  # it has died already
+        signal.raise_signal(signal.SIGTERM)
+
+
+def with_parent(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which a command ends with this process.
+
+    Args:
+        environment: that it is to have, on top of this one's.
+    """
+    return {**os.environ, **environment, PARENT: str(os.getpid())}

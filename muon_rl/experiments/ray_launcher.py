@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from muon_rl.experiments.launch import end_with_parent
+from muon_rl.experiments.launch import with_parent
 
 
 class RayLauncher:
@@ -89,8 +89,7 @@ def _run(command: list[str], folder: str, log: str, environment: dict[str, str],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-            preexec_fn=end_with_parent(),
+            env=with_parent(environment),
         )
         done = ""
         while process.poll() is None:
