@@ -108,9 +108,7 @@ def _points(options: argparse.Namespace, sweep: Sweep, tasks: Sequence[str]) -> 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     if twice := sorted(set(old) & set(new)):
-        raise ConfigError(
-            f"sweep: {', '.join(twice)} is set twice, by --grid, --point or the file."
-        )
+        raise ConfigError(f"sweep: --grid, --point and the file set {twice[0]} twice.")
     return {**old, **new}
 
 

@@ -54,6 +54,11 @@ class Point:
         return " ".join(words) or "default"
 
     @property
+    def short(self) -> str:
+        """What it is called while it runs: the number of a search's trial, or its name."""
+        return self.name if self.trial is None else f"trial{self.trial}"
+
+    @property
     def slug(self) -> str:
         """A name for files, as no other point has."""
         whole = json.dumps([self.values, self.task, self.trial])
@@ -87,6 +92,11 @@ class Job(NamedTuple):
     def name(self) -> str:
         """A few words that tell it: the name of its run."""
         return f"{self.point.name} seed={self.seed}"
+
+    @property
+    def short(self) -> str:
+        """What it is called while it runs."""
+        return f"{self.point.short} seed={self.seed}"
 
     @property
     def slug(self) -> str:

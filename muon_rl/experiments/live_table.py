@@ -49,20 +49,20 @@ class Lines:
 
     def started(self, job: Job, resumed: bool) -> None:
         """Say that a job began, or goes on."""
-        self.say(f"{'goes on' if resumed else 'started':8} {job.name}")
+        self.say(f"{'goes on' if resumed else 'started':8} {job.short}")
 
     def finished(self, job: Job, seconds: float, run: Run) -> None:
         """Say how a job ended, and how many have."""
         value = final_value(run, self._metric)
         result = f"{self._metric} {value:.4g}" if value is not None else f"no {self._metric}"
         so_far = f"; {counted(self._state)}" if self._state else ""
-        self.say(f"{'done':8} {job.name}  {result} after {spell(seconds)}{so_far}", "green")
+        self.say(f"{'done':8} {job.short}  {result} after {spell(seconds)}{so_far}", "green")
 
     def failed(self, job: Job, code: int, again: bool) -> None:
         """Say that a job failed, and where its log is."""
         then = "it is run again" if again else "it is left"
         log = self._study.log_file(job)
-        self.say(f"{'FAILED':8} {job.name}  exit code {code}, {then}; see {log}", "red")
+        self.say(f"{'FAILED':8} {job.short}  exit code {code}, {then}; see {log}", "red")
 
     def stopping(self, running: int) -> None:
         """Say that what runs saves first."""
@@ -70,7 +70,7 @@ class Lines:
 
     def stopped(self, job: Job) -> None:
         """Say that a job was stopped."""
-        self.say(f"{'stopped':8} {job.name}", "yellow")
+        self.say(f"{'stopped':8} {job.short}", "yellow")
 
     def tick(self, state: State) -> None:
         """Remember the state for the next line."""
@@ -131,10 +131,11 @@ class LiveTable(Lines):
         for job, since in state.running.items():
             frames = frames_of(self._study.log_file(job))
             shown = f"{frames[0]:,} of {frames[1]:,}" if frames else "starting"
-            table.add_row(job.name, shown, spell(now - since))
+            table.add_row(job.short, shown, spell(now - since))
             ahead.append((now - since, frames))
         left = time_left(state, ahead, self._jobs)
-        line = counted(state) + (f"; about {spell(left)} left" if left is not None else "")
+        rest = f"; about {spell(left)} left" if left is not None else ""
+        line = counted(state) + ("; stopping" if state.stopping else rest)
         return Group(table, Text(line, style="bold"))
 
 

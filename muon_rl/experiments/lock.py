@@ -8,11 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+TRAININGS = "trainings.lock"
+
 
 class StudyLock:
     """Two locks: one that this process holds, one that the trainings it starts hold as well.
 
-    The second outlives a sweep that is killed: its trainings save and end, and are waited for.
+    The second, shared by them, outlives a sweep that is killed: its trainings save and end, and are
+    waited for.
 
     Args:
         folder: of the study.
@@ -26,7 +29,7 @@ class StudyLock:
     def __init__(self, folder: Path, patience: float = 60.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._own = _open(folder / "sweep.lock")
-        self.inherited = _open(folder / "trainings.lock")
+        self.inherited = _open(folder / TRAININGS)
         if not _taken(self._own):
             process = os.pread(self._own, 20, 0).decode().strip()
             self.release()
@@ -42,11 +45,23 @@ class StudyLock:
                 sys.stderr.write("Waiting for the trainings of a sweep that was killed to end.\n")
                 told = True
             time.sleep(0.2)
+        fcntl.flock(self.inherited, fcntl.LOCK_SH)
 
     def release(self) -> None:
         """Let go of both; trainings that run hold the second on."""
         os.close(self._own)
         os.close(self.inherited)
+
+
+def join_lock(folder: Path) -> int:
+    """Return a descriptor that holds the trainings' lock, for a training on another machine.
+
+    Args:
+        folder: of the study.
+    """
+    descriptor = _open(folder / TRAININGS)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
 
 
 def _open(path: Path) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from muon_rl.experiments.launch import with_parent
+from muon_rl.experiments.lock import join_lock
 
 
 class RayLauncher:
@@ -82,6 +83,7 @@ def _run(command: list[str], folder: str, log: str, environment: dict[str, str],
         return 143
     path = Path(folder) / log
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = join_lock(path.parent)
     with path.open("a") as file:
         process = subprocess.Popen(
             command,
@@ -90,7 +92,9 @@ def _run(command: list[str], folder: str, log: str, environment: dict[str, str],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=with_parent(environment),
+            pass_fds=[lock],
         )
+        os.close(lock)  # the process holds it
         done = ""
         while process.poll() is None:
             asked = ray.get(stop.asked.remote())

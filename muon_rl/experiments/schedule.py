@@ -78,6 +78,7 @@ class State:
         running: since when each is, in seconds of :func:`time.monotonic`.
         failed: those that have failed for good, with their exit codes.
         seconds: that each job took which finished now.
+        stopping: whether what runs has been asked to end.
     """
 
     total: int
@@ -85,6 +86,7 @@ class State:
     running: dict[Job, float] = field(default_factory=dict)
     failed: dict[Job, int] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    stopping: bool = False
 
 
 class Stop:
@@ -171,6 +173,7 @@ class Schedule:
 
     def _end_all(self) -> None:
         """Let what runs save and end; at the second signal, end it at once."""
+        self.state.stopping = True
         if self._stop.count == 1:
             self._view.stopping(len(self.state.running))
             self._launcher.stop()
