@@ -13,6 +13,7 @@ COMMANDS = {
     "fit": ("muon_rl.cli.training:main", "train an agent as a recipe says"),
     "validate": ("muon_rl.cli.training:main", "play evaluation episodes with a checkpoint"),
     "sweep": ("muon_rl.cli.sweep:main", "train at every point of a grid or search, with seeds"),
+    "compare": ("muon_rl.cli.compare:main", "compare groups of runs, with intervals"),
     "recipes": ("muon_rl.cli.recipes:main", "list the recipes that are shipped"),
 }
 
