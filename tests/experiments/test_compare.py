@@ -404,7 +404,8 @@ def test_more_than_a_thousand_runs_are_paged(store):
         ids = [f"{index:032x}" for index in range(1100)]
         connection.execute(insert(SqlRun.__table__), [
             {"run_uuid": i, "experiment_id": int(experiment), "status": "FINISHED",
-             "start_time": START, "lifecycle_stage": "active", "source_type": "LOCAL", "user_id": "me"}
+             "start_time": START, "lifecycle_stage": "active", "source_type": "LOCAL",
+             "user_id": "me"}
             for i in ids
         ])  # fmt: skip
         connection.execute(insert(SqlTag.__table__), [
