@@ -97,12 +97,14 @@ def read_means(client: MlflowClient, run_ids: Sequence[str], metric: str) -> dic
         return {run: float(h.values.mean()) for run, h in found.items() if h.values.size}
     table = SqlMetric.__table__.c
     engine = sa.create_engine(client.tracking_uri)
-    query = (
-        sa.select(sa.func.avg(table.value))
+    by_frame = (
+        sa.select(sa.func.avg(table.value).label("value"))
         .where(table.run_uuid == sa.bindparam("run"), table.key == metric, sa.not_(table.is_nan))
         .where(sa.func.abs(table.value) < _INFINITE)
-        .group_by(table.run_uuid, table.key)  # takes sqlite to the index, as above
+        .group_by(table.step)  # by frame it takes the index, as above
+        .subquery()
     )
+    query = sa.select(sa.func.avg(by_frame.c.value))
     with engine.connect() as connection:
         for run in run_ids:
             mean = connection.execute(query, {"run": run}).scalar()
