@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from argparse import Namespace
+from datetime import datetime, timezone
 from itertools import chain
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
+from mlflow.exceptions import MlflowException
+
+from muon_rl import __version__
 from muon_rl.cli import ConfigError
 from muon_rl.cli.compare import bounds, thresholds
-from muon_rl.experiments import tables
-from muon_rl.experiments.comparison import Options, compare
+from muon_rl.cli.record import git_commit
+from muon_rl.experiments import plots, report, tables
+from muon_rl.experiments.comparison import Comparison, Options, compare
+from muon_rl.experiments.log import log
 from muon_rl.experiments.runs import ComparisonError, find_experiments, find_runs, open_store
 
 
 def run(given: Namespace) -> None:
-    """Read, compare, write and show.
+    """Read, compare, write, show and log.
 
     Args:
         given: the arguments of ``muon-rl compare``.
@@ -22,6 +31,7 @@ def run(given: Namespace) -> None:
     Raises:
         ConfigError: if there is nothing to compare, or an argument names what is not there.
     """
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     options = Options(
         group_by=list(chain(*given.group_by)),
         baseline=given.baseline,
@@ -38,8 +48,87 @@ def run(given: Namespace) -> None:
         comparison = compare(client, find_runs(client, experiments, given.filter), options)
     except ComparisonError as error:
         raise ConfigError(str(error)) from error
-    given.output.mkdir(parents=True, exist_ok=True)
-    (given.output / "summary.csv").write_text(tables.to_csv(comparison))
-    (given.output / "summary.md").write_text(tables.to_markdown(comparison))
-    (given.output / "summary.tex").write_text(tables.to_latex(comparison))
-    sys.stdout.write(tables.to_text(comparison))
+    facts = facts_of(given, comparison, [experiment.name for experiment in experiments])
+    files = write(comparison, given.output, facts)
+    sys.stdout.write(f"{tables.to_text(comparison)}\nreport  {given.output / 'report.html'}\n")
+    if given.no_log:
+        return
+    experiment = experiments[0]
+    try:
+        run_id = log(client, experiment.experiment_id, comparison, files, facts)
+    except (MlflowException, OSError) as error:
+        sys.stderr.write(f"The files are written, but not logged in MLflow: {error}\n")
+        return
+    sys.stdout.write(f"MLflow  run {run_id} in experiment {experiment.name}\n")
+
+
+def write(comparison: Comparison, folder: Path, facts: dict[str, str]) -> list[Path]:
+    """Write all files of a comparison and return them.
+
+    Args:
+        comparison: to write.
+        folder: to make and to write to.
+        facts: how it was made.
+
+    Raises:
+        ConfigError: if the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = {
+            "summary.csv": tables.to_csv(comparison),
+            "summary.md": tables.to_markdown(comparison),
+            "summary.tex": tables.to_latex(comparison),
+        }
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+        pictures = plots.save(comparison, folder)
+        page = folder / "report.html"
+        page.write_text(report.to_html(comparison, folder, facts))
+    except OSError as error:
+        raise ConfigError(f"--output={folder} cannot be written: {error}") from error
+    return [*(folder / name for name in texts), *pictures, page]
+
+
+def facts_of(given: Namespace, comparison: Comparison, experiments: list[str]) -> dict[str, str]:
+    """Return how a comparison was made.
+
+    Args:
+        given: the arguments of the command.
+        comparison: that was made.
+        experiments: the names of those that were read.
+    """
+    uri = without_password(given.tracking_uri)
+    options = comparison.options
+    now = datetime.now(timezone.utc)
+    return {
+        "command": given.command.replace(given.tracking_uri, uri),
+        "date": f"{now:%Y-%m-%d %H:%M} UTC",
+        "commit": git_commit().get("git_commit", "not in a git repository"),
+        "version": f"muon_rl {__version__}",
+        "tracking URI": uri,
+        "experiments": ", ".join(experiments),
+        "metric": options.metric,
+        "grouped by": ", ".join(options.group_by),
+        "baseline": options.baseline or "none",
+        "last evaluations": str(options.last),
+        "resamples": f"{options.resamples:,}",
+        "seed of the bootstrap": str(options.seed),
+    }
+
+
+def without_password(uri: str) -> str:
+    """Return an address with the password left out.
+
+    Args:
+        uri: of a store.
+
+    Example:
+        >>> without_password("postgresql://me:secret@host/runs")
+        'postgresql://me@host/runs'
+    """
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    user, _, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}@{host}"))

@@ -166,8 +166,8 @@ def performance_profile(scores: Sequence[ArrayLike], thresholds: ArrayLike) -> F
     return np.mean([(task[:, None] > limits).mean(axis=0) for task in _tasks(scores)], axis=0)
 
 
-def bootstrap_rows(
-    rows: ArrayLike,
+def bootstrap_curves(
+    tasks: Sequence[ArrayLike],
     statistic: Callable[[Floats], Floats],
     *,
     resamples: int,
@@ -176,11 +176,11 @@ def bootstrap_rows(
 ) -> tuple[Floats, Floats]:
     """Return the percentile interval of a statistic at each point of several runs' curves.
 
-    A resample draws whole runs, the same ones at every point.
+    A resample draws whole runs of each task, the same ones at every point.
 
     Args:
-        rows: a run each, shape ``(seeds, points)``.
-        statistic: takes ``(resamples, seeds)`` to ``(resamples,)``.
+        tasks: of each task its runs' values, shape ``(seeds, points)``.
+        statistic: takes ``(resamples, seeds of all tasks)`` to ``(resamples,)``.
         resamples: how often.
         generator: of the random numbers.
         level: share of the samples inside.
@@ -188,9 +188,19 @@ def bootstrap_rows(
     Returns:
         Lower and upper ends, each of shape ``(points,)``.
     """
-    curves = np.asarray(rows, float)
-    which = generator.integers(len(curves), size=(resamples, len(curves)))
-    ends = [percentile_interval(statistic(point[which]), level) for point in curves.T]
+    curves = [np.asarray(task, float) for task in tasks]
+    drawn = [generator.integers(len(task), size=(resamples, len(task))) for task in curves]
+    ends = [
+        percentile_interval(
+            statistic(
+                np.concatenate(
+                    [task[:, point][runs] for task, runs in zip(curves, drawn, strict=True)], axis=1
+                )
+            ),
+            level,
+        )
+        for point in range(curves[0].shape[1])
+    ]
     return np.array([end.low for end in ends]), np.array([end.high for end in ends])
 
 

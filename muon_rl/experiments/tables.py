@@ -54,7 +54,7 @@ def cells(comparison: Comparison) -> tuple[list[str], Cells]:
         (
             "P(improvement) [95%]",
             lambda row: _with_interval(
-                row.improvement_probability, row.improvement_low, row.improvement_high
+                row.improvement_probability, row.improvement_low, row.improvement_high, "{:.2f}"
             ),
         ),
         ("frames to threshold", lambda row: number(row.frames_to_threshold)),
@@ -206,10 +206,13 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
-def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
+def _with_interval(
+    value: float | None, low: float | None, high: float | None, form: str = ""
+) -> str:
+    write = form.format if form else number
     if value is None:
         return ""
-    return number(value) + (f" [{number(low)}, {number(high)}]" if low is not None else "")
+    return write(value) + (f" [{write(low)}, {write(high)}]" if low is not None else "")
 
 
 def _latex(text: str) -> str:

@@ -12,8 +12,8 @@ import pytest
 from scipy.stats import mannwhitneyu
 
 from muon_rl.experiments.statistics import (
+    bootstrap_curves,
     bootstrap_improvement,
-    bootstrap_rows,
     coverage,
     iqm,
     percentile_interval,
@@ -118,10 +118,12 @@ def test_the_interval_covers_what_is_said_of_it(seeds):
 def test_curves_have_the_interval_of_each_point():
     rows = made(6, 3).T  # runs by points
     options = {"resamples": 20_000, "generator": np.random.default_rng(0)}
-    low, high = bootstrap_rows(rows, iqm, **options)
+    low, high = bootstrap_curves([rows[:4], rows[4:]], iqm, **options)
     for point in range(3):
         options = {"resamples": 20_000, "generator": np.random.default_rng(1)}
-        alone = percentile_interval(stratified_bootstrap([rows[:, point]], iqm, **options))
+        alone = percentile_interval(
+            stratified_bootstrap([rows[:4, point], rows[4:, point]], iqm, **options)
+        )
         assert [low[point], high[point]] == pytest.approx(list(alone), abs=0.06)
 
 
