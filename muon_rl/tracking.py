@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -17,6 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+
+from muon_rl.tags import PAUSES
 
 
 class MLflow(MLFlowLogger):
@@ -83,7 +86,7 @@ class MLflow(MLFlowLogger):
         mine.tags = {**tags, **{name: str(tag) for name, tag in (mine.tags or {}).items()}}
 
     def resume(self, run_id: str) -> None:
-        """Go on with a run: mark it as running and note up to which frame it has each metric.
+        """Go on with a run: mark it as running, note the pause and each metric's last frame.
 
         Args:
             run_id: of a run; where this store does not have it, a new one begins.
@@ -96,10 +99,16 @@ class MLflow(MLFlowLogger):
             return
         self._run_id = run_id
         client = self.experiment
+        run = client.get_run(run_id)
+        stopped = run.info.end_time or run.info.start_time
         client.update_run(run_id, status="RUNNING")
-        for name in client.get_run(run_id).data.metrics:
+        for name in run.data.metrics:
             history = client.get_metric_history(run_id, name)
             self._last_frame[name] = max(point.step for point in history)
+            # A run that was lost has no end, or that of an earlier stop.
+            stopped = max(stopped, *(point.timestamp for point in history))
+        pauses = [*json.loads(run.data.tags.get(PAUSES, "[]")), [stopped, int(time.time() * 1000)]]
+        client.set_tag(run_id, PAUSES, json.dumps(pauses))
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

@@ -63,7 +63,7 @@ def compare(client: MlflowClient, runs: Sequence[Run], options: Options) -> Comp
         ComparisonError: if there is no finished run with the metric, or no such key or baseline.
     """
     evaluated = evaluate(client, runs, options.metric)
-    if not evaluated:
+    if not any(evaluated.values()):
         raise ComparisonError(_nothing(client, runs, options.metric))
     keys, by_label = group_runs(runs, options.group_by)
     groups = [make_group(label, members, evaluated) for label, members in by_label.items()]
@@ -97,8 +97,8 @@ def compare(client: MlflowClient, runs: Sequence[Run], options: Options) -> Comp
     return Comparison(found, groups, rows, tasks, bounds, finals)
 
 
-def evaluate(client: MlflowClient, runs: Sequence[Run], metric: str) -> dict[str, Evaluated]:
-    """Return the finished runs that have numbers for a metric, by their ids.
+def evaluate(client: MlflowClient, runs: Sequence[Run], metric: str) -> dict[str, Evaluated | None]:
+    """Return the finished runs that have a metric, by their ids; ``None`` without any number.
 
     Args:
         client: of the store.
@@ -109,9 +109,10 @@ def evaluate(client: MlflowClient, runs: Sequence[Run], metric: str) -> dict[str
     histories = read_histories(client, list(finished), metric)
     rates = read_means(client, list(histories), RATE)
     shares = read_means(client, list(histories), SHARE)
-    evaluated = {}
+    evaluated: dict[str, Evaluated | None] = {}
     for run_id, history in histories.items():
         if not history.values.size:
+            evaluated[run_id] = None
             continue
         run = finished[run_id]
         seconds = active_seconds(history, run.start, run.pauses)

@@ -62,7 +62,8 @@ class Group:
         runs: all of them, those left out too.
         tasks: by task, the runs that count, by seed.
         doubled: by task, seeds of which an older finished run is left out.
-        without_metric: finished runs that have no number for the metric.
+        without_metric: finished runs that do not have the metric.
+        without_number: finished runs of which every value is NaN or infinite.
     """
 
     label: str
@@ -70,6 +71,7 @@ class Group:
     tasks: Mapping[str, Sequence[Evaluated]]
     doubled: Mapping[str, Sequence[str]]
     without_metric: Sequence[Run]
+    without_number: Sequence[Run]
 
     @property
     def counted(self) -> list[Evaluated]:
@@ -98,30 +100,32 @@ class Group:
         return [run for run in self.runs if run.status in statuses]
 
 
-def make_group(label: str, runs: Sequence[Run], evaluated: Mapping[str, Evaluated]) -> Group:
+def make_group(label: str, runs: Sequence[Run], evaluated: Mapping[str, Evaluated | None]) -> Group:
     """Return a group: of its finished runs with evaluations, the newest of each task and seed.
 
     Args:
         label: its name.
         runs: of the group.
-        evaluated: by run id; finished runs that are not in it have no evaluation.
+        evaluated: by run id; ``None`` where every value is NaN or infinite. Finished runs that
+            are not in it do not have the metric.
     """
     newest: dict[tuple[str, str], Evaluated] = {}
     doubled: dict[str, list[str]] = {}
-    without = []
     finished = [run for run in runs if run.status == "FINISHED"]
     for run in sorted(finished, key=lambda run: (run.start, run.run_id)):
-        if run.run_id not in evaluated:
-            without.append(run)
+        one = evaluated.get(run.run_id)
+        if one is None:
             continue
         key = (run.task, run.run_id if run.seed is None else run.seed)
         if key in newest:
             doubled.setdefault(run.task, []).append(key[1])
-        newest[key] = evaluated[run.run_id]
+        newest[key] = one
     tasks: dict[str, list[Evaluated]] = {}
     for task, seed in sorted(newest, key=lambda key: (natural(key[0]), natural(key[1]))):
         tasks.setdefault(task, []).append(newest[task, seed])
-    return Group(label, runs, tasks, doubled, without)
+    without_metric = [run for run in finished if run.run_id not in evaluated]
+    without_number = [run for run in finished if evaluated.get(run.run_id, run) is None]
+    return Group(label, runs, tasks, doubled, without_metric, without_number)
 
 
 def common_frames(groups: Sequence[Group], task: str) -> Floats:

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param
 
 from muon_rl.experiments.comparison import Comparison
-from muon_rl.experiments.runs import KIND
 from muon_rl.experiments.tables import to_markdown
+from muon_rl.tags import KIND
 
 
 def log(
@@ -32,23 +32,24 @@ def log(
         facts: how it was made, as params.
     """
     name = f"comparison by {', '.join(comparison.options.group_by)}"
-    run = client.create_run(experiment_id, run_name=name[:250])
     tags = {KIND: "comparison", "mlflow.note.content": to_markdown(comparison)[:8000]}
+    run_id = client.create_run(experiment_id, tags=tags, run_name=name[:250]).info.run_id
     metrics = [
-        # Names of metrics take no other signs.
-        Metric(f"{re.sub(r'[^A-Za-z0-9_.=: /-]', '_', row.group)[:150]}/{column}", value, 0, 0)
+        # MLflow takes no other signs in the name of a metric.
+        Metric(f"{re.sub(r'[^A-Za-z0-9_.: /-]', '_', row.group)[:150]}/{column}", value, 0, 0)
         for row in comparison.rows
         for column, value in asdict(row).items()
         if isinstance(value, (int, float))
     ]
-    client.log_batch(
-        run.info.run_id,
-        params=[Param(key.replace(" ", "_"), value[:6000]) for key, value in facts.items()],
-        tags=[RunTag(key, value) for key, value in tags.items()],
-    )
-    for start in range(0, len(metrics), 1000):  # MLflow takes as many at a time
-        client.log_batch(run.info.run_id, metrics=metrics[start : start + 1000])
-    for file in files:
-        client.log_artifact(run.info.run_id, str(file))
-    client.set_terminated(run.info.run_id)
-    return run.info.run_id
+    params = [Param(key.replace(" ", "_"), value[:6000]) for key, value in facts.items()]
+    status = "FAILED"
+    try:
+        client.log_batch(run_id, params=params)
+        for start in range(0, len(metrics), 1000):  # MLflow takes as many at a time
+            client.log_batch(run_id, metrics=metrics[start : start + 1000])
+        for file in files:
+            client.log_artifact(run_id, str(file))
+        status = "FINISHED"
+    finally:
+        client.set_terminated(run_id, status)
+    return run_id

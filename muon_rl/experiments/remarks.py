@@ -78,7 +78,9 @@ def _left_out(group: Group, options: Options) -> Iterator[str]:
             yield f"{len(runs)} {word} {'run' if len(runs) == 1 else 'runs'} left out"
     if group.without_metric:
         finished = _count(len(group.without_metric), "run")
-        yield f"{finished} without a number for {options.metric} left out"
+        yield f"{finished} without {options.metric} left out"
+    if group.without_number:
+        yield f"{_count(len(group.without_number), 'run')} with nothing but NaN left out"
     for task, seeds in group.doubled.items():
         of = f" on {task}" if len(group.tasks) > 1 else ""
         for seed in dict.fromkeys(seeds):

@@ -56,8 +56,8 @@ def to_html(comparison: Comparison, folder: Path, facts: Mapping[str, str]) -> s
         title=f"{options.metric} on {tasks}, by {_list(list(options.group_by))}",
         lede=_lede(comparison),
         header=header[:-1],
-        lines=[{"cells": [cell.partition(" [") for cell in line[:-1]], "remarks": line[-1].split("; ")[: bool(line[-1]) * 99]}
-               for line in lines],
+        lines=[{"cells": [cell.partition(" [") for cell in line[:-1]],
+                "remarks": [words for words in line[-1].split("; ") if words]} for line in lines],
         notes=notes(comparison),
         figures=[
             {

@@ -17,8 +17,8 @@ from mlflow.entities import Experiment, ViewType
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 
-KIND = "muon_rl.kind"  # the tag that marks a sweep's parent, or a comparison
-PAUSES = "muon_rl.pauses"  # the tag in which a resumed run notes when it stood still
+from muon_rl.tags import KIND, PAUSES
+
 NONE = "(none)"  # the group of the runs that lack what is grouped by
 _SQLITE = "sqlite:///"
 

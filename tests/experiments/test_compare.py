@@ -185,7 +185,15 @@ def test_a_nan_is_left_out_and_said_never_read_as_zero(store):
     assert number(row, "auc_iqm") == pytest.approx(((4 + 6 + 8) / 3 + (4 + 6 + 6) / 3) / 2)
     assert "2 values were NaN and left out" in row["remarks"]
     assert "1 run ended without a number" in row["remarks"]
-    assert "1 run without a number for eval/return left out" in row["remarks"]
+    assert "1 run with nothing but NaN left out" in row["remarks"]
+
+
+def test_a_finished_run_without_the_metric_is_counted_left_out_and_said(store):
+    store.run([1.0, 2.0], tags={"optimizer": "muon"})
+    store.run([9.0], seed=1, metric="train/loss", tags={"optimizer": "muon"})
+    row = store.compare()["muon"]
+    assert (row["runs"], row["seeds"], row["final_mean"]) == ("2", "1", "2.0")
+    assert "1 run without eval/return left out" in row["remarks"]
 
 
 def test_an_infinite_value_is_left_out_and_said(store):
