@@ -14,8 +14,8 @@ from mlflow.exceptions import MlflowException
 
 from muon_rl import __version__
 from muon_rl.cli import ConfigError
+from muon_rl.cli.commit import git_commit
 from muon_rl.cli.compare import bounds, thresholds
-from muon_rl.cli.record import git_commit
 from muon_rl.experiments import plots, report, tables
 from muon_rl.experiments.comparison import Comparison, Options, compare
 from muon_rl.experiments.log import log

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 from muon_rl import __version__
+from muon_rl.cli.commit import git_commit
 from muon_rl.tracking import MLflow
 
 PACKAGES = (
@@ -100,21 +100,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def git_commit() -> dict[str, str]:
-    """Return the commit of the working folder, and whether files differ from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return {"git_commit": commit + "+changes" * dirty} if commit else {}
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
