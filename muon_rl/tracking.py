@@ -6,7 +6,9 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ class MLflow(MLFlowLogger):
     """Tracks runs in MLflow: by default in ``mlflow.db`` in the working folder.
 
     Metrics are written in the background. A resumed run goes on in the same MLflow run, in which
-    every metric has at most one value a frame.
+    every metric has at most one value a frame. Writers of a sqlite store take turns, by a lock
+    beside it: sqlite's own gives up on a busy store after 20 seconds.
 
     Args:
         experiment_name: under which runs are listed; left out, it is the task's name.
@@ -55,7 +58,9 @@ class MLflow(MLFlowLogger):
                 run_id=run_id,
                 tags=tags,
             )
-        self._pending: list[Any] = []
+        self._queue: deque[Metric] = deque()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._pending: list[Future] = []
         self._last_frame: dict[str, int] = {}
 
     @property
@@ -101,14 +106,16 @@ class MLflow(MLFlowLogger):
         client = self.experiment
         run = client.get_run(run_id)
         stopped = run.info.end_time or run.info.start_time
-        client.update_run(run_id, status="RUNNING")
+        with one_process_at_a_time(self._tracking_uri):
+            client.update_run(run_id, status="RUNNING")
         for name in run.data.metrics:
             history = client.get_metric_history(run_id, name)
             self._last_frame[name] = max(point.step for point in history)
             # A run that was lost has no end, or that of an earlier stop.
             stopped = max(stopped, *(point.timestamp for point in history))
         pauses = [*json.loads(run.data.tags.get(PAUSES, "[]")), [stopped, int(time.time() * 1000)]]
-        client.set_tag(run_id, PAUSES, json.dumps(pauses))
+        with one_process_at_a_time(self._tracking_uri):
+            client.set_tag(run_id, PAUSES, json.dumps(pauses))
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -123,10 +130,9 @@ class MLflow(MLFlowLogger):
         new = {name: v for name, v in metrics.items() if step > self._last_frame.get(name, -1)}
         if new:
             now = int(time.time() * 1000)
-            points = [Metric(name, float(v), now, step) for name, v in new.items()]
-            self._pending.append(
-                self.experiment.log_batch(self.run_id, metrics=points, synchronous=False)
-            )
+            client, run_id = self.experiment, self.run_id
+            self._queue.extend(Metric(name, float(v), now, step) for name, v in new.items())
+            self._pending.append(self._writer.submit(self._write_queued, client, run_id))
             self._last_frame.update(dict.fromkeys(new, step))
         if len(self._pending) > 100:
             self._wait()
@@ -140,8 +146,10 @@ class MLflow(MLFlowLogger):
         """
         known = self.experiment.get_run(self.run_id).data.params
         new = [Param(name, str(v)[:6000]) for name, v in params.items() if name not in known]
-        for start in range(0, len(new), 100):  # MLflow takes 100 at a time
-            self.experiment.log_batch(self.run_id, params=new[start : start + 100])
+        client = self.experiment
+        with one_process_at_a_time(self._tracking_uri):
+            for start in range(0, len(new), 100):  # MLflow takes 100 at a time
+                client.log_batch(self.run_id, params=new[start : start + 100])
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
@@ -154,16 +162,31 @@ class MLflow(MLFlowLogger):
             return
         self._wait()
         stopped = isinstance(sys.exc_info()[1], (SIGTERMException, KeyboardInterrupt))
-        super().finalize("KILLED" if status == "failed" and stopped else status)
+        with one_process_at_a_time(self._tracking_uri):
+            super().finalize("KILLED" if status == "failed" and stopped else status)
+
+    def _write_queued(self, client: MlflowClient, run_id: str) -> None:
+        """Write what is queued; after a wait for other writers that is more than one call's."""
+        if not self._queue:
+            return
+        with one_process_at_a_time(self._tracking_uri):
+            while self._queue:
+                count = min(len(self._queue), 1000)  # MLflow takes 1000 at a time
+                points = [self._queue.popleft() for _ in range(count)]
+                client.log_batch(run_id, metrics=points)
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, []
         for operation in pending:
-            operation.wait()
+            operation.result()
 
 
 def one_process_at_a_time(tracking_uri: str) -> AbstractContextManager:
-    """Return a lock on a sqlite store: runs that start together would each make its tables."""
+    """Return a lock on a sqlite store, for those who make its tables or write into it.
+
+    Args:
+        tracking_uri: of the store; any other needs no lock.
+    """
     if not tracking_uri.startswith("sqlite:///"):
         return nullcontext()
     return FileLock(tracking_uri.removeprefix("sqlite:///") + ".lock")

@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> None:
     kinds = {
         "recipes, to run: muon-rl fit --config NAME": shipped(),
         "tasks, on top of a recipe: muon-rl fit --config NAME --config TASK": tasks(),
-        "sweeps, the points of a study or the ranges of a search": sweeps(),
+        "sweeps, points of a study or ranges of a search: muon-rl sweep NAME": sweeps(),
     }
     width = max(len(name) for files in kinds.values() for name in files)
     for title, files in kinds.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -60,7 +61,7 @@ class Study:
         Raises:
             StudyDiffers: if there is one of this name with another spec, or in another folder.
         """
-        with one_process_at_a_time(self.tracking_uri):
+        with self._alone():
             experiment = self.client.get_experiment_by_name(self.name)
             if experiment is not None and experiment.lifecycle_stage != "active":
                 raise StudyDiffers(
@@ -83,10 +84,12 @@ class Study:
             parent = found[0]
             self._check(parent.data.tags, tags)
             self.parent_id = parent.info.run_id
-            self.client.update_run(self.parent_id, status="RUNNING")
-            self.client.set_tag(self.parent_id, "muon_rl.command", tags["muon_rl.command"])
+            with self._alone():
+                self.client.update_run(self.parent_id, status="RUNNING")
+                self.client.set_tag(self.parent_id, "muon_rl.command", tags["muon_rl.command"])
         else:
-            run = self.client.create_run(self._experiment, tags=tags, run_name=self.name)
+            with self._alone():
+                run = self.client.create_run(self._experiment, tags=tags, run_name=self.name)
             self.parent_id = run.info.run_id
 
     def _check(self, old: Mapping[str, str], new: Mapping[str, str]) -> None:
@@ -144,7 +147,20 @@ class Study:
         Args:
             status: FINISHED, FAILED or KILLED.
         """
-        self.client.set_terminated(self.parent_id, status)
+        with self._alone():
+            self.client.set_terminated(self.parent_id, status)
+
+    def describe(self, metrics: Mapping[str, float], note: str) -> None:
+        """Give the parent metrics and a description.
+
+        Args:
+            metrics: by name.
+            note: Markdown.
+        """
+        with self._alone():
+            for name, value in metrics.items():
+                self.client.log_metric(self.parent_id, name, value)
+            self.client.set_tag(self.parent_id, "mlflow.note.content", note)
 
     # -- the children --------------------------------------------------------------------------
 
@@ -186,13 +202,20 @@ class Study:
         return None
 
     def end(self, run: Run, status: str) -> None:
-        """Set the status of a run whose process has ended without doing so."""
+        """Set the status of a run whose process has ended without doing so, when it last wrote."""
         if run.info.status == "RUNNING":
-            self.client.set_terminated(run.info.run_id, status)
+            times = (metric.timestamp for metric in run.data.to_proto().metrics)
+            last = max(times, default=run.info.start_time)
+            with self._alone():
+                self.client.set_terminated(run.info.run_id, status, end_time=last)
 
     def discard(self, run: Run) -> None:
         """Delete a run that begins anew (MLflow can restore it)."""
-        self.client.delete_run(run.info.run_id)
+        with self._alone():
+            self.client.delete_run(run.info.run_id)
+
+    def _alone(self) -> AbstractContextManager:
+        return one_process_at_a_time(self.tracking_uri)
 
     def _search(self, condition: str) -> list[Run]:
         """Return all runs of the experiment that meet a condition, the newest first."""

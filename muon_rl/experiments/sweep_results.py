@@ -65,10 +65,9 @@ def log_results(
     rows = rows_of(jobs, runs, metric)
     finished = sum(row["status"] == "FINISHED" for row in rows)
     failed = sum(row["status"] == "FAILED" for row in rows)
-    study.client.log_metric(study.parent_id, "points_finished", finished)
-    study.client.log_metric(study.parent_id, "points_failed", failed)
     ranked = ranking(jobs, runs, metric, minimize)
-    study.client.set_tag(study.parent_id, "mlflow.note.content", _note(study, ranked, rows, metric))
+    counts = {"points_finished": finished, "points_failed": failed}
+    study.describe(counts, _note(study, ranked, rows, metric))
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "points.csv"
         with table.open("w", newline="") as file:
