@@ -1,0 +1,23 @@
+"""The logger of runs, where other processes write into its store too."""
+
+from __future__ import annotations
+
+import time
+
+from muon_rl.tracking import MLflow, one_process_at_a_time
+
+
+def test_a_writer_waits_for_its_turn_and_writes_all_in_order(workspace):
+    logger = MLflow(experiment_name="study", run_name="run")
+    logger.log_metrics({"a": 0.0}, step=0)
+    for operation in logger._pending:
+        operation.result()
+    with one_process_at_a_time(logger.tracking_uri):
+        for step in range(1, 51):  # of more it would wait for what is written
+            logger.log_metrics({"a": float(step)}, step=step)
+        time.sleep(0.5)
+        assert len(workspace.history("a")) == 1
+    logger.finalize("success")
+    assert workspace.history("a") == [(step, float(step)) for step in range(51)]
+    (record,) = workspace.records
+    assert record.info.status == "FINISHED"
