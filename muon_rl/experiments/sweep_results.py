@@ -16,7 +16,7 @@ from mlflow.entities import Run
 from muon_rl.experiments.jobs import Job, Point
 from muon_rl.experiments.study import Study, final_value, is_finished
 
-_CURVES = 12  # more of them are a tangle: the best are drawn
+_CURVES = 10  # more of them are a tangle: the best are drawn
 _ROWS = 40  # points whose values are drawn
 
 
@@ -143,6 +143,7 @@ def _draw_values(axes: Axes, shown: Ranked, colors: Sequence[str], metric: str) 
     axes.invert_yaxis()
     axes.margins(y=max(0.05, 0.5 / len(shown)))
     axes.set(xlabel=f"last {metric}", title="A dot a seed, a stroke their mean")
+    axes.locator_params(axis="x", nbins=5)
     axes.grid(alpha=0.3, axis="x")
 
 
