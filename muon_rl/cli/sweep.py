@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 
 from muon_rl.cli import sweep_options
 from muon_rl.cli.sweep_plan import plan_of
@@ -20,6 +21,10 @@ def main(arguments: list[str]) -> None:
     options, passed = sweep_options.read(arguments[1:])
     plan = plan_of(options, passed)
 
-    from muon_rl.cli.sweep_run import SweepRun
+    try:
+        from muon_rl.cli.sweep_run import SweepRun
 
-    SweepRun(plan, options, shlex.join(["muon-rl", *arguments])).run()
+        SweepRun(plan, options, shlex.join(["muon-rl", *arguments])).run()
+    except KeyboardInterrupt:  # later ones let the trainings save
+        sys.stderr.write("Stopped before any training began.\n")
+        raise SystemExit(130) from None

@@ -204,7 +204,7 @@ class SweepRun:
             raise SystemExit(128 + stop.signum)
         if left:
             sys.stderr.write(
-                f"{len(state.failed)} trainings failed. The same command runs them again.\n"
+                f"{left} of {state.total} trainings failed. The same command runs them again.\n"
             )
             raise SystemExit(1)
 

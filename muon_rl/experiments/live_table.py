@@ -64,9 +64,9 @@ class Lines:
         log = self._study.log_file(job)
         self.say(f"{'FAILED':8} {job.short}  exit code {code}, {then}; see {log}", "red")
 
-    def stopping(self, running: int) -> None:
+    def stopping(self) -> None:
         """Say that what runs saves first."""
-        self.say(f"stopping: {running} trainings save and end; Ctrl-C once more ends them unsaved")
+        self.say("stopping: what runs saves and ends; Ctrl-C once more ends it at once, unsaved")
 
     def stopped(self, job: Job) -> None:
         """Say that a job was stopped."""

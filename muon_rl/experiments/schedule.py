@@ -44,11 +44,6 @@ class Listed:
         self.total = len(jobs)
         self._left = deque(job for job in jobs if not is_finished(runs.get(job)))
 
-    @property
-    def left(self) -> list[Job]:
-        """The jobs that are still to be run."""
-        return list(self._left)
-
     def next(self) -> Job | None:
         """Return the next job that is left."""
         return self._left.popleft() if self._left else None
@@ -63,7 +58,7 @@ class View(Protocol):
     def started(self, job: Job, resumed: bool) -> None: ...
     def finished(self, job: Job, seconds: float, run: Run) -> None: ...
     def failed(self, job: Job, code: int, again: bool) -> None: ...
-    def stopping(self, running: int) -> None: ...
+    def stopping(self) -> None: ...
     def stopped(self, job: Job) -> None: ...
     def tick(self, state: State) -> None: ...
 
@@ -175,7 +170,7 @@ class Schedule:
         """Let what runs save and end; at the second signal, end it at once."""
         self.state.stopping = True
         if self._stop.count == 1:
-            self._view.stopping(len(self.state.running))
+            self._view.stopping()
             self._launcher.stop()
         else:
             self._launcher.kill()

@@ -126,7 +126,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(workspace, capfd):
     stopper.join()
     assert stop.value.code == 130
     output, error = capfd.readouterr()
-    assert "stopping: 1 trainings save and end" in output and "stopped  default seed=0" in output
+    assert "stopping: what runs saves and ends" in output and "stopped  default seed=0" in output
     assert "To go on, the same command again:\n  muon-rl sweep ppo_snake_adam_small" in error
     parent, (child,) = runs_of(workspace)
     assert parent.info.status == child.info.status == "KILLED"
@@ -140,7 +140,7 @@ def test_a_training_that_breaks_is_reported(workspace, capfd):
         main(["sweep", *command, "--retries", "0"])
     assert stop.value.code == 1
     output, error = capfd.readouterr()
-    assert "1 trainings failed. The same command runs them again." in error
+    assert "1 of 1 trainings failed. The same command runs them again." in error
     report = output.partition("\nFAILED lr=1e38 seed=0 (exit code 1), ")[2].splitlines()
     log = workspace.folder / report[0].rstrip(":")
     assert log.parent.name == "study" and log.read_text().splitlines()[-1] in "\n".join(report)

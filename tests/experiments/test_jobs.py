@@ -36,6 +36,7 @@ def test_files_of_different_points_have_different_names():
         Point.of({"a.lr": 1}, trial=0), Point.of({"a.lr": 1}, trial=1),
         Point.of({"a.lr": 0.123456}), Point.of({"a.lr": 0.1234561}),
         Point.of({"a": "/../" * 30}), Point.of({"a": "/../" * 31}),
+        Point.of({}, task="t" * 70 + "1"), Point.of({}, task="t" * 70 + "2"),
     ]  # fmt: skip
     slugs = [Job(point, 0).slug for point in points]
     assert len(set(slugs)) == len(points)
