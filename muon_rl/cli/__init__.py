@@ -31,6 +31,7 @@ examples:
   muon-rl fit --config sac_cheetah --model.optimizer.critic.case=adamw
   muon-rl fit --config sac_cheetah --ckpt_path=last      (go on where it stopped)
   muon-rl sweep sac_cheetah --grid model.optimizer.critic.case=adamw,muon --seeds 0:5
+  muon-rl compare sac_cheetah_sweep --group-by point    (a table with intervals)
   muon-rl fit --config sac_cheetah --help                (all that this recipe lets you set)
 """
 

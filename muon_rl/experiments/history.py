@@ -125,7 +125,8 @@ def active_seconds(
 
     Args:
         history: of the metric.
-        start: of the run, milliseconds since 1970; if the first point is older, that counts.
+        start: of the run, milliseconds since 1970; if the first point is older, or this 0, that
+            counts.
         pauses: begin and end of each, milliseconds since 1970.
 
     Returns:
@@ -134,7 +135,7 @@ def active_seconds(
     times = history.times.astype(float)
     if not times.size:
         return times
-    begin = min(float(start), times[0])
+    begin = min(float(start) or times[0], times[0])
     paused = sum(
         np.clip(times, max(low, begin), max(high, begin)) - max(low, begin) for low, high in pauses
     )

@@ -17,6 +17,8 @@ from mlflow import MlflowClient
 from plain_store import START, Store
 
 from muon_rl.cli import main
+from muon_rl.experiments.rows import COLUMNS
+from muon_rl.experiments.statistics import COVERAGE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -255,3 +257,30 @@ def test_the_comparison_s_page_in_mlflow_shows_table_and_plots(server, tmp_path,
     assert all(name in elements for name in FILES)
     assert re.search(r'<img[^>]*src="(blob|http)', elements)
     assert not [line for line in console if TROUBLE.search(line)]
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "compare.md"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "interval_coverage.csv"
+
+
+def test_the_docs_explain_every_column():
+    table = DOCS.read_text().partition("## `summary.csv`")[2].partition("**Final score**")[0]
+    named = re.findall(r"`([a-z_]+)`", " ".join(re.findall(r"^\| (.*?) \|", table, re.M)))
+    whole = [name for name in named if not name.startswith("_")]
+    halves = [name for name in named if name.startswith("_")]
+    assert halves == ["_low", "_high"] * 2
+    spread = [f"{name}{end}" for name in ("final_iqm", "auc_iqm") for end in ("_low", "_high")]
+    assert sorted([*whole, *spread]) == sorted(COLUMNS)
+
+
+def test_the_table_of_coverage_is_what_was_measured():
+    with RESULTS.open() as file:
+        measured = {int(row["seeds"]): row for row in csv.DictReader(file)}
+    table = DOCS.read_text().partition("<!-- coverage -->")[2].partition("<!-- /coverage")[0]
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+)% \| ([\d.]+)% \|$", table, re.M)
+    assert {int(seeds): (normal, failing) for seeds, normal, failing in rows} == {
+        seeds: (f"{float(row['normal']):.1%}"[:-1], f"{float(row['with_failures']):.1%}"[:-1])
+        for seeds, row in measured.items()
+    }
+    for seeds, share in COVERAGE.items():
+        assert float(measured[seeds]["normal"]) == pytest.approx(share, abs=0.006)
