@@ -11,8 +11,8 @@ from muon_rl.experiments.comparison import Comparison
 from muon_rl.experiments.groups import Evaluated, Group
 from muon_rl.experiments.statistics import Floats, bootstrap_curves, iqm
 
-POINTS = 80  # of a curve
-MOST_RESAMPLES = 2000  # of a curve's interval: at each of its points
+POINTS = 60  # of a curve
+MOST_RESAMPLES = 1000  # of a curve's interval: at each of its points
 
 
 class Curve(NamedTuple):

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from muon_rl.experiments.comparison import Comparison
-from muon_rl.experiments.curves import Curve, frames_needed, over_frames, over_time
+from muon_rl.experiments.curves import MOST_RESAMPLES, Curve, frames_needed, over_frames, over_time
 from muon_rl.experiments.remarks import ENOUGH
 from muon_rl.experiments.statistics import bootstrap_curves, performance_profile
 
@@ -169,7 +169,7 @@ def _profiles(comparison: Comparison, panel: Axes) -> None:
             low, high = bootstrap_curves(
                 [task[:, None] > levels for task in tasks],
                 lambda above: above.mean(axis=1),
-                resamples=min(comparison.options.resamples, 2000),
+                resamples=min(comparison.options.resamples, MOST_RESAMPLES),
                 generator=np.random.default_rng(comparison.options.seed),
             )
             panel.fill_between(levels, low, high, color=colour, alpha=0.15, linewidth=0)
