@@ -80,8 +80,8 @@ def percentile_interval(samples: ArrayLike, level: float = 0.95) -> Interval:
         level: share inside, between 0 and 1.
 
     Example:
-        >>> percentile_interval(range(101), 0.9)
-        Interval(low=5.0, high=95.0)
+        >>> percentile_interval(range(101), 0.5)
+        Interval(low=25.0, high=75.0)
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
