@@ -259,6 +259,7 @@ def test_equal_seeds_give_equal_games_and_others_do_not():
     first, again, other = (play(SnakeEnv(32, seed=s), actions)[0] for s in (5, 5, 6))
     assert_equal(first, again)
     assert not torch.equal(first["observation"], other["observation"])
+    assert_equal(play(SnakeEnv(np.int32(32), seed=np.int64(5)), actions)[0], first)
     seeded = SnakeEnv(32)
     seeded.rollout(7)
     seeded.set_seed(5)
@@ -378,6 +379,7 @@ def test_the_factory_names_its_task_and_gives_specs_without_batch_dims():
     ("arguments", "message"),
     [
         ({"num_envs": 0}, "num_envs must be at least 1, but is 0"),
+        ({"num_envs": 2.0}, "num_envs must be an integer, but is 2.0"),
         ({"observation": "pixels"}, "tokens, planes, rgb3, but is 'pixels'"),
     ],
 )

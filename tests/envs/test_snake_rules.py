@@ -324,6 +324,10 @@ def test_a_dense_step_is_one_graph():
         ({"initial_length": 0}, "width // 2 [+] 1 = 6, but is 0"),
         ({"width": 5, "initial_length": 4}, "width // 2 [+] 1 = 3, but is 4"),
         ({"max_steps": 0}, "max_steps must be at least 1, but is 0"),
+        ({"height": 6.0}, "height must be an integer, but is 6.0"),
+        ({"initial_length": True}, "initial_length must be an integer, but is True"),
+        ({"max_steps": 2.5}, "max_steps must be an integer, but is 2.5"),
+        ({"max_steps": float("inf")}, "max_steps must be an integer, but is inf"),
     ],
 )
 def test_rules_out_of_bounds_are_refused(arguments, message):

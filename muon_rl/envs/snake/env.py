@@ -12,7 +12,7 @@ from torchrl.envs import EnvBase
 
 from muon_rl.envs.snake import observe, render
 from muon_rl.envs.snake.games import Games, new_games, restart_, step_
-from muon_rl.envs.snake.rules import HEAD, Rules, make_tables
+from muon_rl.envs.snake.rules import HEAD, Rules, make_tables, require_integers
 from muon_rl.envs.snake.streams import new_streams
 
 
@@ -63,7 +63,8 @@ class SnakeEnv(EnvBase):
         seed: of all random numbers; ``None`` draws one from torch's generator.
 
     Raises:
-        ValueError: if a number is out of its bounds or the observation is not one of the three.
+        ValueError: if a number is out of its bounds, or no integer where it counts, or the
+            observation is not one of the three.
 
     Example:
         >>> env = SnakeEnv(2, height=6, width=6, seed=0)
@@ -98,6 +99,7 @@ class SnakeEnv(EnvBase):
         device: torch.device | str | int | None = None,
         seed: int | None = None,
     ) -> None:
+        require_integers(num_envs=num_envs)
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, but is {num_envs}.")
         if observation not in observe.OBSERVATIONS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class Rules:
         step_reward: for any other step.
 
     Raises:
-        ValueError: if a number is out of its bounds.
+        ValueError: if a number is out of its bounds, or no integer where it counts.
     """
 
     height: int = 10
@@ -44,6 +45,12 @@ class Rules:
     step_reward: float = -0.01
 
     def __post_init__(self) -> None:
+        require_integers(
+            height=self.height,
+            width=self.width,
+            initial_length=self.initial_length,
+            max_steps=self.max_steps,
+        )
         for name in ("height", "width"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} must be at least 2, but is {getattr(self, name)}.")
@@ -64,6 +71,13 @@ class Rules:
     def start(self) -> int:
         """The cell in which the head begins, ``row * width + column``."""
         return self.height // 2 * self.width + self.width // 2
+
+
+def require_integers(**numbers: object) -> None:
+    """Raise ``ValueError`` for the first of these that is no integer, naming it."""
+    for name, number in numbers.items():
+        if not isinstance(number, Integral) or isinstance(number, bool):
+            raise ValueError(f"{name} must be an integer, but is {number!r}.")
 
 
 class Tables(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import index
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def new_streams(seed: int, number: int, device: torch.device | None = None) -> T
     Returns:
         States, int64, shape ``(number,)``.
     """
-    first = torch.full((1,), _signed(seed), dtype=torch.int64, device=device)
+    first = torch.full((1,), _signed(index(seed)), dtype=torch.int64, device=device)
     # Outputs of one generator are the others' states: else each would be its neighbour, a draw on.
     return _mixed(first + torch.arange(1, number + 1, device=device) * _STEP)
 
