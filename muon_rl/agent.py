@@ -101,6 +101,10 @@ class Agent(L.LightningModule):
         """Return a new optimizer over the loss's networks."""
         return build_optimizer(self.loss, on_nonfinite="raise", **self.optimizer_configs)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the metrics of a rollout's updates so far: its means are over all of them."""
+        checkpoint["rollout_metrics"] = self._updates
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let a resumed fit begin a new epoch over the batches that are left.
 
@@ -108,6 +112,7 @@ class Agent(L.LightningModule):
         it is given more frames; what has been served is counted by the data module. The count of
         optimizer steps alone goes on.
         """
+        self._updates = checkpoint.get("rollout_metrics", [])
         loops, checkpoint["loops"] = checkpoint["loops"], None
         if loops is not None and self.trainer.state.fn == TrainerFn.FITTING:
             progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
@@ -198,8 +203,8 @@ class Agent(L.LightningModule):
             if not data.is_up_to_date:
                 return
             scalars = {
-                name: torch.stack([update[name] for update in self._updates]).mean()
-                for name in scalars
+                name: torch.stack([update[name].to(x.device) for update in self._updates]).mean()
+                for name, x in scalars.items()
             }
             self._updates = []
         metrics = {f"train/{name}": value.item() for name, value in scalars.items()}

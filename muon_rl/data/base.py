@@ -235,6 +235,7 @@ class AgentData(L.LightningDataModule, ABC):
             "frames": self.frames,
             "updates": self.updates,
             "evaluated_frames": self.evaluated_frames,
+            "episode_metrics": self._episode_metrics,
         }
         if self.collector is not None:
             collector = self.collector.state_dict()
@@ -262,6 +263,7 @@ class AgentData(L.LightningDataModule, ABC):
         self.frames = state_dict["frames"]
         self.updates = state_dict["updates"]
         self.evaluated_frames = state_dict["evaluated_frames"]
+        self._episode_metrics = state_dict.get("episode_metrics", {})
         if self.collector is None:  # validation only
             return
         carrier = TensorDict.from_dict(state_dict["carrier"], auto_batch_size=False)

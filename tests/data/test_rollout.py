@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import gymnasium
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from on_policy import GAMMA, LMBDA, VectorPPO, VectorPPOData, make
 from torchrl.objectives import ValueEstimators
 from walk import register
@@ -290,18 +294,31 @@ class Rates(Callback):
         self.applied.append({group["name"]: group["lr"] for group in optimizer.param_groups})
 
 
-def fit(agent: VectorPPO, env: EnvFactory, *callbacks: Callback, ckpt_path=None) -> VectorPPOData:
+def fit(
+    agent: VectorPPO, env: EnvFactory, *callbacks: Callback, ckpt_path=None, logger=False
+) -> VectorPPOData:
     data = VectorPPOData(
         env, total_frames=120 * env.action_repeat, steps_per_rollout=40, epochs=2, minibatches=4,
         eval_episodes=1, eval_every=10_000,
     )  # fmt: skip
     trainer = Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, callbacks=list(callbacks),
+        max_epochs=1, accelerator="cpu", logger=logger, callbacks=list(callbacks),
         enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(agent, data, ckpt_path=ckpt_path)
     return data
+
+
+def metrics_of(path: Path) -> list[dict[str, str]]:
+    """Return the training metrics of each rollout, without those that a clock gives."""
+    clocks = {"train/frames_per_second", "train/optimizer_share"}
+    with path.open() as file:
+        rows = [
+            {name: row[name] for name in sorted(row) if row[name] and name not in clocks}
+            for row in csv.DictReader(file)
+        ]
+    return [row for row in rows if "train/loss_objective" in row]
 
 
 @pytest.mark.parametrize("anneal", [True, False], ids=["annealed", "constant"])
@@ -324,13 +341,18 @@ def test_a_resumed_run_ends_as_the_whole_one_bit_by_bit(tmp_path):
     whole, rates = VectorPPO(CARTPOLE, shared=True, anneal_lr=True), Rates()
     before = {name: value.clone() for name, value in whole.state_dict().items()}
     saved = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
-    fit(whole, CARTPOLE, saved, rates)
+    fit(whole, CARTPOLE, saved, rates, logger=CSVLogger(tmp_path, "whole", ""))
     changed = [n for n, value in whole.state_dict().items() if not torch.equal(value, before[n])]
     assert len(changed) >= 8
     torch.manual_seed(1)
     again, later = VectorPPO(CARTPOLE, shared=True, anneal_lr=True), Rates()
     within_the_second_rollout = str(tmp_path / "step=10.ckpt")
-    fit(again, CARTPOLE, later, ckpt_path=within_the_second_rollout)
+    logger = CSVLogger(tmp_path, "again", "")
+    fit(again, CARTPOLE, later, ckpt_path=within_the_second_rollout, logger=logger)
     assert later.applied == rates.applied[10:]
+    # Means over all of the second rollout's updates, those before the checkpoint too.
+    rows = {name: metrics_of(tmp_path / name / "metrics.csv") for name in ("whole", "again")}
+    assert len(rows["again"]) == 2
+    assert rows["again"] == rows["whole"][1:]
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
