@@ -35,7 +35,7 @@ class RolloutData(AgentData):
         total_frames: control steps of the simulator after which training ends, rounded up to whole
             rollouts.
         steps_per_rollout: agent steps of a rollout, those of all environments together; rounded up
-            to a multiple of ``num_envs``.
+            to a multiple of ``num_envs``, or of the games that step together in one.
         epochs: passes through each rollout, in a new order each.
         minibatches: parts of an epoch, one update each; their sizes differ by at most 1.
         eval_every: frames between two evaluations; another one ends the run.
@@ -83,7 +83,8 @@ class RolloutData(AgentData):
         require_positive(
             steps_per_rollout=steps_per_rollout, epochs=epochs, minibatches=minibatches
         )
-        self.steps_per_rollout = -(-steps_per_rollout // num_envs) * num_envs
+        together = num_envs * env.num_envs
+        self.steps_per_rollout = -(-steps_per_rollout // together) * together
         self.epochs = epochs
         self.minibatches = minibatches
         if minibatches > self.steps_per_rollout:

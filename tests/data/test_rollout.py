@@ -193,6 +193,12 @@ def test_rollouts_are_whole_steps_of_all_environments():
     assert raw.shape == (3, 14) and served.shape == (42,) and data.frames == 42
 
 
+def test_rollouts_are_whole_steps_of_games_that_step_together():
+    data = VectorPPOData(Snake(6, 6, num_envs=10), total_frames=200, steps_per_rollout=64)
+    assert data.steps_per_rollout == 70
+    assert data.total_updates == 3 * data.updates_per_rate
+
+
 class Three(Gym):
     """Three worlds as one environment."""
 
