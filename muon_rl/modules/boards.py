@@ -20,26 +20,37 @@ class BoardLayout(NamedTuple):
         channels: planes of a board, or 0 for one ``uint8`` kind a cell.
         height: rows.
         width: columns.
+        channels_last: whether planes come as ``(height, width, channels)``.
     """
 
     channels: int
     height: int
     width: int
+    channels_last: bool = False
 
     @classmethod
-    def of(cls, spec: TensorSpec) -> BoardLayout:
+    def of(cls, spec: TensorSpec, channels_last: bool | None = None) -> BoardLayout:
         """Return the layout of a spec without batch dims.
 
         Args:
             spec: ``uint8`` of shape ``(height, width)``, or floats ``(channels, height, width)``.
+            channels_last: whether floats are ``(height, width, channels)`` instead; ``None`` is
+                no, but refuses a last dim of 3, which is a width as well as colours.
 
         Raises:
-            ValueError: if it is neither.
+            ValueError: if it is neither, or may be both.
         """
         if spec.dtype == torch.uint8 and len(spec.shape) == 2:
             return cls(0, *spec.shape)
         if spec.dtype.is_floating_point and len(spec.shape) == 3:
-            return cls(*spec.shape)
+            first, middle, last = spec.shape
+            if channels_last is None and last == 3:
+                raise ValueError(
+                    f"An observation of shape {tuple(spec.shape)} is {first} planes of {middle} x "
+                    f"{last} cells, or {last} planes of {first} x {middle}, as Snake's rgb3: set "
+                    "channels_last to false or true."
+                )
+            return cls(last, first, middle, True) if channels_last else cls(*spec.shape)
         raise ValueError(
             "A network of boards needs tokens, uint8 of shape (height, width), or planes, floats "
             f"(channels, height, width), as observation, but the environment's is {spec.dtype} of "
@@ -49,7 +60,10 @@ class BoardLayout(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of a board's tensor."""
-        return tuple(self)[0 if self.channels else 1 :]
+        cells = (self.height, self.width)
+        if not self.channels:
+            return cells
+        return (*cells, self.channels) if self.channels_last else (self.channels, *cells)
 
     @property
     def shows_head(self) -> bool:
@@ -64,7 +78,9 @@ class BoardLayout(NamedTuple):
         """
         batch = boards.shape[: boards.ndim - len(self.shape)]
         flat = boards.reshape((batch.numel(), *self.shape))
-        return flat.movedim(1, -1) if self.channels else flat.unsqueeze(-1)
+        if not self.channels:
+            return flat.unsqueeze(-1)
+        return flat if self.channels_last else flat.movedim(1, -1)
 
 
 class Patches(nn.Module):

@@ -22,6 +22,8 @@ class GridConvolution(nn.Module):
     Args:
         spec: of the observation, ``uint8`` tokens ``(height, width)`` or float planes
             ``(channels, height, width)``.
+        channels_last: whether planes are ``(height, width, channels)`` instead; ``None`` is no,
+            but refuses a last dim of 3, as of Snake's ``rgb3``.
         features: size of the output.
         channels: of each convolution's output, at least one.
         kernel: edge of each convolution's kernel, in cells, odd.
@@ -33,8 +35,8 @@ class GridConvolution(nn.Module):
         out_features: size of the output.
 
     Raises:
-        ValueError: if the observation is no board, the kernel even, or an option none of those
-            named.
+        ValueError: if a size is below 1, the observation is no board, the kernel even, or an option
+            none of those named.
 
     Example:
         >>> import torch
@@ -48,6 +50,7 @@ class GridConvolution(nn.Module):
         self,
         spec: TensorSpec,
         *,
+        channels_last: bool | None = None,
         features: int = 128,
         channels: Sequence[int] = (32, 32),
         kernel: int = 3,
@@ -58,7 +61,12 @@ class GridConvolution(nn.Module):
         super().__init__()
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, but is {kernel}.")
-        self.layout = layout = BoardLayout.of(spec)
+        if min(features, cell_width, *channels) < 1:
+            raise ValueError(
+                "Needs features, channels and cell_width >= 1, but has "
+                f"{features=}, {channels=}, {cell_width=}."
+            )
+        self.layout = layout = BoardLayout.of(spec, channels_last)
         self.out_features = features
         self.cells = None if layout.channels else nn.Embedding(KINDS, cell_width)
         self.walls = kernel // 2 * len(channels)

@@ -128,6 +128,8 @@ class TransformerActorCritic(GridActorCritic):
         d_model: width of each row, and of the trunk's output.
         num_layers: blocks.
         num_heads: of each block's attention, a divisor of ``d_model``.
+        channels_last: whether planes are ``(height, width, channels)``, as Snake's ``rgb3``;
+            ``None`` is no, but refuses a last dim of 3.
         patch: edge of a patch in cells; ``None`` is 2 where height and width are even, else 1.
         readout: head (of the snake), token or mean.
         positions: learned or sinusoidal.
@@ -156,6 +158,7 @@ class TransformerActorCritic(GridActorCritic):
         num_layers: int = 2,
         num_heads: int = 4,
         *,
+        channels_last: bool | None = None,
         patch: int | None = None,
         readout: Readout = "head",
         positions: Positions = "learned",
@@ -166,9 +169,9 @@ class TransformerActorCritic(GridActorCritic):
         init: Init = "default",
     ) -> None:
         encoder = GridTransformer(
-            specs.observation, d_model=d_model, num_layers=num_layers, num_heads=num_heads,
-            patch=patch, readout=readout, positions=positions, cell_width=cell_width,
-            dropout=dropout, init=init,
+            specs.observation, channels_last=channels_last, d_model=d_model,
+            num_layers=num_layers, num_heads=num_heads, patch=patch, readout=readout,
+            positions=positions, cell_width=cell_width, dropout=dropout, init=init,
         )  # fmt: skip
         _check_mask(specs, masked)
         super().__init__(encoder, specs.action, head_hidden=head_hidden, masked=masked, init=init)
@@ -180,6 +183,8 @@ class ConvolutionActorCritic(GridActorCritic):
     Args:
         specs: of the environment.
         features: size of the trunk's output.
+        channels_last: whether planes are ``(height, width, channels)``, as Snake's ``rgb3``;
+            ``None`` is no, but refuses a last dim of 3.
         channels: of each convolution's output, at least one.
         kernel: edge of each convolution's kernel, in cells, odd.
         cell_width: size of the embedding of a token.
@@ -204,6 +209,7 @@ class ConvolutionActorCritic(GridActorCritic):
         specs: Specs,
         features: int = 128,
         *,
+        channels_last: bool | None = None,
         channels: Sequence[int] = (32, 32),
         kernel: int = 3,
         cell_width: int = 16,
@@ -212,8 +218,8 @@ class ConvolutionActorCritic(GridActorCritic):
         init: Init = "default",
     ) -> None:
         encoder = GridConvolution(
-            specs.observation, features=features, channels=channels, kernel=kernel,
-            cell_width=cell_width, init=init,
+            specs.observation, channels_last=channels_last, features=features, channels=channels,
+            kernel=kernel, cell_width=cell_width, init=init,
         )  # fmt: skip
         _check_mask(specs, masked)
         super().__init__(encoder, specs.action, head_hidden=head_hidden, masked=masked, init=init)

@@ -27,6 +27,8 @@ class GridTransformer(nn.Module):
     Args:
         spec: of the observation, ``uint8`` tokens ``(height, width)`` or float planes
             ``(channels, height, width)``.
+        channels_last: whether planes are ``(height, width, channels)`` instead; ``None`` is no,
+            but refuses a last dim of 3, as of Snake's ``rgb3``.
         d_model: width of each row, and of the output.
         num_layers: blocks.
         num_heads: of each block's attention, a divisor of ``d_model``.
@@ -43,8 +45,8 @@ class GridTransformer(nn.Module):
         out_features: size of the output.
 
     Raises:
-        ValueError: if the observation is no board, ``head`` is to be read from planes that show
-            none, the patches do not tile it, or an option is none of those named.
+        ValueError: if a size is below 1, the observation is no board, ``head`` is to be read from
+            planes that show none, the patches do not tile it, or an option is none of those named.
 
     Example:
         >>> from torchrl.data import Unbounded
@@ -61,6 +63,7 @@ class GridTransformer(nn.Module):
         self,
         spec: TensorSpec,
         *,
+        channels_last: bool | None = None,
         d_model: int = 64,
         num_layers: int = 2,
         num_heads: int = 4,
@@ -79,11 +82,12 @@ class GridTransformer(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, but is {value!r}.")
-        if num_layers < 1 or not 0 <= dropout < 1:
+        if min(d_model, num_layers, cell_width) < 1 or not 0 <= dropout < 1:
             raise ValueError(
-                f"Needs num_layers >= 1 and dropout in [0, 1), but has {num_layers=}, {dropout=}."
+                "Needs d_model, num_layers and cell_width >= 1 and dropout in [0, 1), but has "
+                f"{d_model=}, {num_layers=}, {cell_width=}, {dropout=}."
             )
-        self.layout = layout = BoardLayout.of(spec)
+        self.layout = layout = BoardLayout.of(spec, channels_last)
         if readout == "head" and not layout.shows_head:
             raise ValueError(
                 "readout='head' needs tokens, or four planes of which the first shows the head, "

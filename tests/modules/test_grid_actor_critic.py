@@ -57,6 +57,28 @@ def test_one_pass_gives_value_and_action_of_every_board(kind, batch, spec):
     torch.testing.assert_close(out["action_log_prob"], log_prob.squeeze(-1))
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"), [(TransformerActorCritic, {"readout": "token"}), (KINDS[1], {})]
+)
+def test_channels_in_the_last_dim_are_planes_and_not_rows(kind, options):
+    spec = Snake(4, 6, observation="rgb3").specs.observation
+    with pytest.raises(
+        ValueError, match=r"4 planes of 6 x 3 .* 3 planes of 4 x 6, .* set channels_l"
+    ):
+        make(kind, spec, **options)
+    last = make(kind, spec, channels_last=True, **options)
+    first = make(kind, Unbounded((3, 4, 6)), **options)
+    first.load_state_dict(last.state_dict())
+    grids = torch.rand(2, 5, 4, 6, 3)
+    expected = first.trunk.module(grids.movedim(-1, -3))
+    torch.testing.assert_close(last.trunk.module(grids), expected)
+    narrow = make(kind, Unbounded((4, 6, 3)), channels_last=False, **options)
+    assert narrow.trunk.module(torch.rand(5, 4, 6, 3)).shape == (
+        5,
+        narrow.trunk.module.out_features,
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_trunk_critic_and_actor_are_the_parts_of_the_whole(kind):
     policy = make(kind).double()
@@ -329,6 +351,9 @@ def test_planes_have_walls_of_zeros():
     [
         (TOKENS, {"kernel": 2}, "kernel must be odd, but is 2"),
         (TOKENS, {"channels": []}, r"channels is \[\]"),
+        (TOKENS, {"channels": [8, 0]}, r"channels=\[8, 0\]"),
+        (TOKENS, {"features": 0}, "features=0"),
+        (TOKENS, {"cell_width": 0}, "cell_width=0"),
         (TOKENS, {"activation": "sine"}, "activation must be one of"),
         (Unbounded(36), {}, r"torch\.float32 of shape \(36,\)"),
     ],

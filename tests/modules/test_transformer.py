@@ -303,6 +303,8 @@ def test_it_compiles_as_one_graph_with_its_gradient(readout):
         (tokens(4, 4), {"num_heads": 3}, "num_heads must divide d_model, but is 3 for 16"),
         (tokens(4, 4), {"num_heads": 0}, "num_heads must divide d_model, but is 0"),
         (tokens(4, 4), {"num_layers": 0}, "num_layers=0"),
+        (tokens(4, 4), {"d_model": 0}, "d_model=0"),
+        (tokens(4, 4), {"cell_width": 0}, "cell_width=0"),
         (tokens(4, 4), {"dropout": 1.0}, r"dropout=1\.0"),
         (tokens(4, 6), {"patch": 4}, "patch must divide .* but is 4 on 4 x 6"),
         (tokens(4, 4), {"patch": 0}, "but is 0 on 4 x 4"),
