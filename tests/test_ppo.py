@@ -37,6 +37,7 @@ def transitions(agent):
         )
     rows = steps.reshape(-1)
     rows["advantage"], rows["value_target"] = torch.randn(128, 1), torch.randn(128, 1)
+    rows["action_log_prob"] += 0.3 * torch.randn(128)  # as of another policy: ratios on both sides
     return rows
 
 
@@ -120,20 +121,38 @@ def test_an_update_passes_the_trunk_once_and_changes_every_parameter(policy):
     assert all(not torch.equal(b, a) for b, a in zip(before, after, strict=True))
 
 
-def test_a_step_trains_as_torchrls_own_loss_with_two_passes_does():
+@pytest.mark.parametrize(
+    ("clip", "entropy", "value"), [(0.2, 0.01, 0.5), (0.1, 0.03, 0.7)], ids=["default", "given"]
+)
+def test_a_step_trains_as_torchrls_own_loss_with_two_passes_does(clip, entropy, value):
     """The lean form is a matter of speed alone."""
     torch.manual_seed(0)
-    agent = PPO(Snake(6, 6))
+    given = {"clip": clip, "entropy_coef": entropy, "value_coef": value}
+    agent = PPO(Snake(6, 6), **({} if clip == 0.2 else given))
     rows = transitions(agent)
+    before = set(rows.keys(True, True))
     parts = agent.policy.module
     actor = type(agent.policy.actor)(parts[0], *agent.policy.actor.module)
     stock = ClipPPOLoss(
-        actor, TensorDictSequential(parts[0], parts[1]), entropy_coeff=0.01, critic_coeff=0.5,
+        actor, TensorDictSequential(parts[0], parts[1]), clip_epsilon=clip,
+        entropy_coeff=entropy, critic_coeff=value,
         loss_critic_type="smooth_l1", normalize_advantage=True,
     )  # fmt: skip
-    ours, theirs = agent.loss(rows.copy()), stock(rows.copy())
-    for name in ("loss_objective", "loss_critic", "loss_entropy"):
+    theirs, ours = stock(rows.copy()), agent.loss(rows)
+    assert set(rows.keys(True, True)) == before
+    assert 0.1 < ours["clip_fraction"] < 0.9
+    for name in ("loss_objective", "loss_critic", "loss_entropy", "clip_fraction"):
         torch.testing.assert_close(ours[name], theirs[name])
+
+
+def test_discount_decay_and_bound_are_those_of_the_config():
+    for given, expected in (({}, (0.99, 0.95, 0.5)), (
+        {"gamma": 0.9, "lmbda": 0.8, "max_grad_norm": 2.0}, (0.9, 0.8, 2.0)
+    )):  # fmt: skip
+        agent = PPO(Snake(6, 6), **given)
+        estimator = agent.loss.value_estimator
+        found = (estimator.gamma.item(), estimator.lmbda.item(), agent.max_grad_norm)
+        assert found == pytest.approx(expected)
 
 
 def test_heads_are_left_to_adam_unless_muon_is_to_take_the_last_layer():

@@ -95,6 +95,15 @@ def test_trunk_critic_and_actor_are_the_parts_of_the_whole(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_heads_are_layers_with_gelu_between(kind):
+    policy = make(kind, head_hidden=[8])
+    out = policy(boards(5))
+    for key, head in (("state_value", policy.critic), ("logits", policy.module[2])):
+        first, _, last = head.module
+        torch.testing.assert_close(out[key], last(F.gelu(first(out["embed"]))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_first_policy_is_near_uniform(kind):
     logits = make(kind)(boards(64))["logits"]
     assert 1e-5 < (logits.softmax(-1) - 0.25).abs().max() < 0.02

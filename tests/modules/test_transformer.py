@@ -112,6 +112,15 @@ def test_sinusoidal_positions_follow_the_formula_in_rows_and_columns(rows, colum
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+def test_both_kinds_of_positions_begin_at_one_scale(positions):
+    network = transformer(tokens(10, 10), d_model=64, positions=positions, readout="token")
+    assert network.positions.square().mean().item() == pytest.approx(0.5, rel=0.15)
+    assert network.token.square().mean().item() == pytest.approx(0.5, rel=0.5)
+    kept = "positions" in network.state_dict()
+    assert kept == (positions == "learned")  # the others follow from the sizes
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
 def test_cells_permuted_together_with_their_positions_leave_the_output(positions):
     network = transformer(tokens(3, 4), readout="mean", patch=1, positions=positions)
     board = boards(5, 3, 4)
