@@ -267,6 +267,15 @@ def test_a_resumed_stream_goes_on_in_the_middle_of_a_rollout(num_envs, updates, 
         assert (batch == other).all()
 
 
+def test_episodes_that_ended_before_a_checkpoint_are_told_after_it():
+    data, resumed = (make(Gym(register())) for _ in range(2))
+    next(iter(data.train_dataloader()))
+    resumed.load_state_dict(data.state_dict())
+    metrics = data.take_episode_metrics()
+    assert metrics["train/episode_length"] > 0
+    assert resumed.take_episode_metrics() == metrics
+
+
 def test_a_checkpoint_between_rollouts_holds_none():
     data = make(CARTPOLE, epochs=1, minibatches=2)
     stream = iter(data.train_dataloader())

@@ -347,6 +347,12 @@ def test_the_convolutions_follow_to_another_device(spec):
     assert network(torch.zeros(3, *spec.shape, dtype=spec.dtype, device="meta")).is_meta
 
 
+def test_an_orthogonal_convolution_ends_in_a_layer_with_its_activation_s_gain():
+    layer = GridConvolution(TOKENS, features=9, channels=[3], init="orthogonal").layer
+    torch.testing.assert_close(layer.weight @ layer.weight.T, 2 * torch.eye(9))
+    assert not layer.bias.any()
+
+
 def test_planes_have_walls_of_zeros():
     network = GridConvolution(PLANES, channels=[3])
     planes = torch.rand(4, 4, 6, 6)
