@@ -137,8 +137,18 @@ def test_no_action_is_drawn_for_the_values_at_the_ends():
     data = make(env, steps_per_rollout=6, minibatches=1)
     rollout, state = data.collect(), torch.get_rng_state()
     assert (rollout["next", "truncated"]).any()
+    keys = set(rollout.keys(True, True))
     data._prepared(rollout)
     assert torch.equal(torch.get_rng_state(), state)
+    assert set(rollout.keys(True, True)) == keys  # the collector's own, left as it is
+
+
+def test_targets_have_the_keys_that_the_loss_reads():
+    agent = VectorPPO(CARTPOLE)
+    agent.loss.set_keys(advantage="gain", value_target="goal")
+    served = rollout_of(make(CARTPOLE, agent))[1]
+    expected = KEPT - {"advantage", "value_target"} | {"gain", "goal"}
+    assert set(served.keys(True, True)) == expected
 
 
 def test_a_rollout_that_ends_terminated_needs_no_further_pass():
