@@ -151,6 +151,7 @@ def test_the_short_way_through_a_step_equals_torchrls_own(number):
             now["action"] = action
             now["log_prob"] = action.float()  # what a policy adds stays
             now["agents", "hidden"] = now["observation"].float()
+            now["reward"] = torch.ones(number, 1)  # and the last step's reward goes
         step, first = ours.step_and_maybe_reset(first)
         their_step, second = EnvBase._step_and_maybe_reset(theirs, second)
         assert_equal(step, their_step)
@@ -223,6 +224,18 @@ def test_resetting_some_games_leaves_the_others(shape):
     assert (steps["next", "score"][others].amax() > 0) or steps["next", "done"][others].any()
 
 
+def test_games_that_are_over_and_not_reset_stay_over():
+    env = SnakeEnv(10, max_steps=2, seed=0)
+    now = env.reset()
+    for action in torch.full((2, 10), UP):
+        now = env.step_mdp(env.step(now.set("action", action)))
+    assert now["truncated"].all()
+    marked = torch.arange(10).view(-1, 1) % 2 == 0
+    now = env.reset(now.set("_reset", marked.clone()))
+    assert torch.equal(now["truncated"], ~marked)
+    assert torch.equal(now["done"], ~marked)
+
+
 def test_games_that_are_not_to_step_are_held():
     env, twin = (SnakeEnv(10, **SMALL, seed=0) for _ in range(2))
     actions = actions_of(10, 40)
@@ -240,6 +253,19 @@ def test_games_that_are_not_to_step_are_held():
         _, twin_now = twin.step_and_maybe_reset(twin_now.set("action", action))
         _, now = env.step_and_maybe_reset(now.set("action", action))
     assert_equal(now[~chosen], twin_now[~chosen])
+
+
+def test_games_that_are_held_stay_ended():
+    env = SnakeEnv(10, **SMALL, seed=0)
+    now = env.reset()
+    for action in actions_of(10, SMALL["max_steps"]):
+        now = env.step_mdp(env.step(now.set("action", action)))
+        if now["terminated"].any() and not now["done"].all():
+            break
+    before, running = now.clone(), ~now["done"].squeeze(1)
+    now = env.step(now.set("action", torch.full((10,), UP)).set("_step", running))["next"]
+    for key in ("terminated", "truncated", "done"):
+        assert torch.equal(now[key][~running], before[key][~running])
 
 
 @pytest.mark.parametrize("kind", ["tokens", "planes", "rgb3"])
