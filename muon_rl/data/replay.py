@@ -27,8 +27,8 @@ class ReplayData(AgentData):
         batch_size: transitions of a sample.
         buffer_size: transitions that the buffer holds; then the oldest are overwritten.
         updates_per_step: updates for each agent step, a fraction or a number above 1 too.
-        steps_per_collection: agent steps collected at a time, a multiple of ``num_envs`` (rounded
-            up to one); the updates they allow follow.
+        steps_per_collection: agent steps collected at a time, a multiple of ``num_envs`` or of the
+            games that step together in one (rounded up to one); the updates they allow follow.
         n_steps: rewards that a transition sums, discounted, before it bootstraps; 1 is plain
             temporal difference. Episodes' ends cut the sum short.
         eval_every: frames between two evaluations; another one ends the run.
@@ -87,12 +87,13 @@ class ReplayData(AgentData):
         self.batch_size = batch_size
         self.buffer_size = buffer_size
         self.updates_per_step = updates_per_step
-        self.steps_per_collection = -(-steps_per_collection // num_envs) * num_envs
+        together = num_envs * env.num_envs
+        self.steps_per_collection = -(-steps_per_collection // together) * together
         self.n_steps = n_steps
         self.buffer: Any = None  # made in setup
         self.multi_step: MultiStepTransform | None = None
         # The last n steps of each environment still wait for their rewards.
-        first = self.init_random_steps - (n_steps * num_envs if n_steps > 1 else 0)
+        first = self.init_random_steps - (n_steps * together if n_steps > 1 else 0)
         waiting = f", data.n_steps={n_steps}" if n_steps > 1 else ""
         if batch_size > min(first, buffer_size):
             raise ValueError(

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torchrl
 from data_module import make
+from muon_rl.recipes.sac import SACData
 from tensordict import TensorDict
 from walk import register
 
-from muon_rl.envs import DMControl, Gym, make_several
+from muon_rl.envs import DMControl, Gym, Snake, make_several
 
 GAMMA = 0.99
 
@@ -185,3 +186,8 @@ def test_numbers_below_one_are_refused(name):
 def test_a_warm_up_that_waits_for_its_rewards_is_counted():
     with pytest.raises(ValueError, match=r"gives only 8 transitions .* data\.n_steps=5"):
         make(Gym(register()), init_random_frames=28, batch_size=16, num_envs=4, n_steps=5)
+
+
+def test_a_collection_is_rounded_up_to_whole_steps_of_games_that_step_together():
+    data = SACData(Snake(6, 6, num_envs=4), total_frames=20_000, steps_per_collection=10)
+    assert data.steps_per_collection == 12
