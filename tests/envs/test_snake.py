@@ -322,6 +322,7 @@ def test_games_draw_apart_and_leave_torchs_generator_alone():
     first = SnakeEnv(64).reset()["observation"]
     torch.manual_seed(3)
     assert torch.equal(SnakeEnv(64).reset()["observation"], first)
+    assert not torch.equal(SnakeEnv(64).reset()["observation"], first)
 
 
 def test_a_collector_and_whole_rollouts_run():
