@@ -62,3 +62,11 @@ def test_help_lists_every_key_of_a_recipe_with_a_sentence(capsys):
         assert following[0].isalpha(), f"{key} has no sentence"
     assert "[adamw]" in text  # the recipe's own value, not the default
     assert "Gym" not in text.partition("the run")[0]  # nor another class than the recipe's
+
+
+def test_help_lists_the_keys_of_the_part_that_a_recipe_names(capsys):
+    main(["fit", "--config", "ppo_snake_muon_small", "--help"])
+    text = capsys.readouterr().out
+    assert "--model.policy.num_layers" in text
+    assert "[64]" in text.partition("--model.policy.d_model")[2].partition("--")[0]
+    assert "--model.policy.encoder" not in text  # of the class that it is below

@@ -107,13 +107,22 @@ def _rows(cls: type, prefix: str, given: dict[str, Any]) -> Iterator[Row]:
         if not parts:
             yield f"{prefix}.{name}", sentence, value
             continue
-        part = parts[0]
+        part = _chosen(parts[0], value)
         if not dataclasses.is_dataclass(part):
             yield f"{prefix}.{name}", sentence, part.__name__
         nested: dict[str, Any] = value if isinstance(value, dict) else {}
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             nested = dataclasses.asdict(value)
         yield from _rows(part, f"{prefix}.{name}", nested.get("init_args", nested))
+
+
+def _chosen(base: type, value: Any) -> type:
+    """Return the class that a value names, by its path or itself, where that is below the base."""
+    named = (
+        value.get("class_path", "") if isinstance(value, dict) else getattr(value, "__name__", "")
+    )
+    below = (cls for cls in concrete_subclasses(base) if cls.__name__ == named.rpartition(".")[2])
+    return next(below, base)
 
 
 def _table(rows: list[Row]) -> list[str]:
