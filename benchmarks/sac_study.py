@@ -122,7 +122,8 @@ def main() -> None:
     """Run what is not finished yet, then print and write the rows of all points."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     known = {"nargs": "+", "metavar": "NAME"}
-    sweeps = [name for name in recipes.sweeps() if name.startswith("sac_")]
+    shipped = recipes.shipped()
+    sweeps = [n for n in recipes.sweeps() if n.startswith("sac_") and n in shipped]
     tasks = list(recipes.tasks())
     parser.add_argument(
         "--sweeps", **known, choices=sweeps, default=sweeps,

@@ -21,8 +21,11 @@ SHORT = (
 )  # fmt: skip
 UPDATES = 20
 START = 8  # of delayed momentum
+# A hypothesis has a recipe and a sweep of one name.
 SWEEPS = {
-    name: read_sweep(path) for name, path in recipes.sweeps().items() if name.startswith("sac_")
+    name: read_sweep(path)
+    for name, path in recipes.sweeps().items()
+    if name.startswith("sac_") and name in recipes.shipped()
 }
 NETWORKS = {"actor": "actor_network", "critic": "qvalue_network"}
 

@@ -130,6 +130,9 @@ def _explain_key(found: re.Match[str], keys: Collection[str]) -> str:
         close, owner = [], max(here, key=lambda owner: len(vocabulary[owner]))
     else:
         # Of the owners of such a key, the smallest that the parser knows is the likeliest.
+        # One whose keys are some of another's, which it knows as well, is another recipe's.
+        less = [a for a in here for b in here if set(vocabulary[a]) < set(vocabulary[b])]
+        here = [o for o in here if o not in less]
         owners = sorted(vocabulary, key=lambda o: (o not in here, len(vocabulary[o])))
         owner = next(o for o in owners if not close or close[0] in vocabulary[o])
     few = len(vocabulary[owner]) <= 20

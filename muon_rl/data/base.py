@@ -260,8 +260,7 @@ class AgentData(L.LightningDataModule, ABC):
         Args:
             state_dict: of the same data module with the same environment.
         """
-        self.frames = state_dict["frames"]
-        self.updates = state_dict["updates"]
+        self.frames, self.updates = state_dict["frames"], state_dict["updates"]
         self.evaluated_frames = state_dict["evaluated_frames"]
         self._episode_metrics = state_dict.get("episode_metrics", {})
         if self.collector is None:  # validation only
