@@ -21,7 +21,8 @@ SMALL = [
     "--trainer.enable_progress_bar=false",
 ]
 CHEETAH = [
-    "--config=sac_cheetah", "--data.init_random_frames=100", "--data.eval_every=200", *SMALL,
+    "--config=sac_cheetah", "--env.time_limit=1.0", "--data.init_random_frames=100",
+    "--data.eval_every=200", *SMALL,
 ]  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from muon_rl.experiments import read_sweep
 
 # 20 updates, all of them logged.
 SHORT = (
-    "--data.total_frames=140", "--data.init_random_frames=100", "--data.eval_every=1000",
+    "--env.time_limit=1.0", "--data.total_frames=140", "--data.init_random_frames=100",
+    "--data.eval_every=1000",
     "--data.steps_per_collection=1", "--data.eval_episodes=1", "--data.batch_size=32",
     "--data.buffer_size=1000", "--model.actor.hidden=[16,16]", "--model.critic.hidden=[16,16]",
     "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false",

@@ -29,9 +29,11 @@ class DMControl(EnvFactory):
         domain: such as ``cheetah``.
         task: such as ``run``.
         action_repeat: frames that each action is held for; rewards are summed over them.
+        time_limit: simulated seconds after which an episode is truncated, > 0; the task's own
+            where it is left out, mostly the 1000 frames that published returns are of.
 
     Raises:
-        ValueError: if the suite has no such task.
+        ValueError: if the suite has no such task, or ``time_limit`` is not above 0.
 
     Example:
         >>> factory = DMControl("cartpole", "swingup", action_repeat=2)
@@ -41,8 +43,12 @@ class DMControl(EnvFactory):
     Source: Tunyasuvunakool et al. 2020, arXiv:2006.12983.
     """
 
-    def __init__(self, domain: str, task: str, action_repeat: int = 1) -> None:
+    def __init__(
+        self, domain: str, task: str, action_repeat: int = 1, time_limit: float | None = None
+    ) -> None:
         super().__init__(action_repeat)
+        if time_limit is not None and not time_limit > 0:
+            raise ValueError(f"env.time_limit must be above 0, but is {time_limit}.")
         suite = _suite()
         tasks = [f"{d}-{t}" for d, t in suite.ALL_TASKS]
         if f"{domain}-{task}" not in tasks:
@@ -51,6 +57,7 @@ class DMControl(EnvFactory):
             raise ValueError(f"The DeepMind Control Suite has no task {domain}-{task}; {hint}")
         self.domain = domain
         self._task = task
+        self.time_limit = time_limit
 
     @property
     def task(self) -> str:
@@ -59,7 +66,8 @@ class DMControl(EnvFactory):
 
     def build(self) -> EnvBase:
         """Make the environment without counters."""
-        env = DMControlEnv(self.domain, self._task, frame_skip=self.action_repeat)
+        options = {} if self.time_limit is None else {"time_limit": self.time_limit}
+        env = DMControlEnv(self.domain, self._task, frame_skip=self.action_repeat, **options)
         names = sorted(env.observation_spec.keys())
         # unsqueeze_if_oor: some observations (a height) are scalars.
         join = CatTensors(names, out_key="observation", unsqueeze_if_oor=True)

@@ -109,6 +109,15 @@ def test_an_unknown_gymnasium_id_is_named():
         Gym("Pendulum-v9")
 
 
+def test_a_time_limit_truncates_the_episode():
+    env = DMControl("cheetah", "run", action_repeat=2, time_limit=0.5).make(seed=0)
+    last = env.rollout(1000)[-1]["next"]  # 0.01 s a frame
+    assert last["step_count"].item() == 25
+    assert last["truncated"].item() and not last["terminated"].item()
+    with pytest.raises(ValueError, match="time_limit must be above 0, but is 0"):
+        DMControl("cheetah", "run", time_limit=0)
+
+
 def test_action_repeat_below_one_is_refused():
     with pytest.raises(ValueError, match="action_repeat must be at least 1, but is 0"):
         DMControl("cheetah", "run", action_repeat=0)
