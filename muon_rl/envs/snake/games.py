@@ -151,7 +151,8 @@ def step_(
                 [0, 0, 0, 1]], dtype=torch.uint8)
     """
     board, cells = games.board.view(-1), rules.cells
-    games.direction = torch.where(action ^ 2 == games.direction, games.direction, action)
+    # A reversal keeps the direction: of opposite ones, one bit differs.
+    games.direction = action ^ (action ^ 2 == games.direction) * 2
     token = games.direction + BODY
     board.scatter_(0, games.offset + games.head, token.to(torch.uint8))
 
@@ -163,9 +164,10 @@ def step_(
     died = ((met > FOOD) & (head != games.tail)) | (head == games.head)
 
     left = board.index_select(0, tail_index)
-    board.scatter_(0, tail_index, left * eaten)
-    after = tables.moves.index_select(0, left.long() * cells + games.tail)
-    games.tail = torch.where(eaten, games.tail, after)
+    stays = left * eaten
+    board.scatter_(0, tail_index, stays)
+    # No token leads to where it is.
+    games.tail = tables.moves.index_select(0, (left - stays).long() * cells + games.tail)
     board.scatter_(0, head_index, torch.full_like(met, HEAD))
     games.head = head
     games.score += eaten
@@ -195,14 +197,14 @@ def restart_(
         tables: of :func:`make_tables`.
         dense: as in :func:`step_`.
     """
-    games.head.masked_fill_(where, rules.start)
-    games.tail.masked_fill_(where, rules.start - rules.initial_length + 1)
-    games.direction.masked_fill_(where, RIGHT)
-    games.score.masked_fill_(where, 0)
-    games.steps.masked_fill_(where, 0)
-    games.returned.masked_fill_(where, 0)
+    begin = {
+        "head": rules.start, "tail": rules.start - rules.initial_length + 1, "direction": RIGHT,
+        "score": 0, "steps": 0, "returned": 0,
+    }  # fmt: skip
     free = len(tables.free)
     if dense:
+        for name, value in begin.items():
+            getattr(games, name).masked_fill_(where, value)
         advanced = advance(games.streams)
         food = tables.free.index_select(0, uniform_below(advanced, free))
         new = tables.board.expand_as(games.board).scatter(1, food.unsqueeze(1), FOOD)
@@ -212,9 +214,11 @@ def restart_(
             games.entered = torch.where(where.unsqueeze(1), tables.entered, games.entered)
         return
     rows = where.nonzero().squeeze(1)
-    games.board[rows] = tables.board
+    for name, value in begin.items():
+        getattr(games, name).index_fill_(0, rows, value)
+    games.board.index_copy_(0, rows, tables.board.expand(len(rows), -1))
     if games.entered is not None:
-        games.entered[rows] = tables.entered
+        games.entered.index_copy_(0, rows, tables.entered.expand(len(rows), -1))
     streams = advance(games.streams.index_select(0, rows))
     games.streams.index_copy_(0, rows, streams)
     food = games.offset.index_select(0, rows)
