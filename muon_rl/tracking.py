@@ -9,11 +9,9 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -22,6 +20,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from muon_rl.tags import PAUSES
+from muon_rl.turns import one_process_at_a_time
 
 
 class MLflow(MLFlowLogger):
@@ -179,14 +178,3 @@ class MLflow(MLFlowLogger):
         pending, self._pending = self._pending, []
         for operation in pending:
             operation.result()
-
-
-def one_process_at_a_time(tracking_uri: str) -> AbstractContextManager:
-    """Return a lock on a sqlite store, for those who make its tables or write into it.
-
-    Args:
-        tracking_uri: of the store; any other needs no lock.
-    """
-    if not tracking_uri.startswith("sqlite:///"):
-        return nullcontext()
-    return FileLock(tracking_uri.removeprefix("sqlite:///") + ".lock")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from muon_rl.tracking import MLflow, one_process_at_a_time
+from muon_rl.tracking import MLflow
+from muon_rl.turns import one_process_at_a_time
 
 
 def test_a_writer_waits_for_its_turn_and_writes_all_in_order(workspace):

@@ -20,6 +20,7 @@ from muon_rl.experiments import plots, report, tables
 from muon_rl.experiments.comparison import Comparison, Options, compare
 from muon_rl.experiments.log import log
 from muon_rl.experiments.runs import ComparisonError, find_experiments, find_runs, open_store
+from muon_rl.turns import one_process_at_a_time
 
 
 def run(given: Namespace) -> None:
@@ -55,7 +56,8 @@ def run(given: Namespace) -> None:
         return
     experiment = experiments[0]
     try:
-        run_id = log(client, experiment.experiment_id, comparison, files, facts)
+        with one_process_at_a_time(given.tracking_uri):  # a sweep may be writing there
+            run_id = log(client, experiment.experiment_id, comparison, files, facts)
     except (MlflowException, OSError) as error:
         sys.stderr.write(f"The files are written, but not logged in MLflow: {error}\n")
         return

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
 from muon_rl.experiments.jobs import Job, Point
-from muon_rl.tracking import one_process_at_a_time
+from muon_rl.turns import one_process_at_a_time
 
 PARENT = "mlflow.parentRunId"
 KIND = "muon_rl.kind"
