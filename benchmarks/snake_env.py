@@ -143,6 +143,7 @@ def measure_ours(name: str, games: int, seconds: float) -> dict[str, float]:
         tables = make_tables(rules)
         state = new_games(rules, tables, games, seed=0)
 
+        @torch.inference_mode()  # as the environment plays them
         def block() -> None:
             for action in actions:
                 outcome = step_(state, action, rules, tables)

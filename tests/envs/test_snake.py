@@ -283,6 +283,8 @@ def test_what_was_handed_out_never_changes_and_may_be_written_to(kind):
             copies.append(part.clone())
     for part, copy in zip(kept, copies, strict=True):
         assert_equal(part, copy)
+        # Else a network could not learn from them: a backward refuses tensors of inference mode.
+        assert not any(tensor.is_inference() for tensor in part.values(True, True))
     now = twin.reset()
     for action, copy in zip(actions, copies[::2], strict=True):
         step, now = twin.step_and_maybe_reset(now.set("action", action))

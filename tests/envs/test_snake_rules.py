@@ -307,8 +307,10 @@ def test_the_dense_path_plays_the_same_games():
         assert torch.equal(value, dense_games[name]), name
 
 
-def test_a_dense_step_is_one_graph():
-    compiled = torch.compile(step_, fullgraph=True, backend="aot_eager")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_dense_step_is_one_graph(backend):
+    compiled = torch.compile(step_, fullgraph=True, backend=backend)
     games, outcomes = play(True, number=16, steps=40)
     compiled_games, compiled_outcomes = play(True, step=compiled, number=16, steps=40)
     assert torch.equal(outcomes, compiled_outcomes)

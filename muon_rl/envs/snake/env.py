@@ -117,7 +117,12 @@ class SnakeEnv(EnvBase):
         # Elsewhere, to do more work costs less than to wait for a number of rows.
         self._dense = self._place.type != "cpu"
         self._games = new_games(
-            self.rules, self._tables, num_envs, seed=0, ages=observation == "planes"
+            self.rules,
+            self._tables,
+            num_envs,
+            seed=0,
+            returns=episode_return,
+            ages=observation == "planes",
         )
         self._make_specs()
         self.set_seed(seed)
@@ -163,10 +168,14 @@ class SnakeEnv(EnvBase):
         if held is not None:
             held, before = ~held.view(-1), games.state()
         action = tensordict.get("action")
-        outcome = step_(games, action, rules, self._tables, dense=self._dense)
-        reward, terminated, truncated = (tensor.unsqueeze(1) for tensor in outcome)
+        # Many small operations, none of them differentiated: inference mode makes each cheaper.
+        with torch.inference_mode():
+            outcome = step_(games, action, rules, self._tables, dense=self._dense)
+            if held is not None:
+                games.take_back_(before, held)
+        # What leaves are ordinary tensors.
+        reward, terminated, truncated = (tensor.clone().unsqueeze(1) for tensor in outcome)
         if held is not None:
-            games.take_back_(before, held)
             held = held.unsqueeze(1)
             reward = reward.masked_fill(held, 0)
             running = torch.zeros_like(held)
@@ -192,6 +201,7 @@ class SnakeEnv(EnvBase):
             flags[key] = torch.zeros_like(where) if old is None else old & ~where
         return self._tensordict(**self._seen(), **flags)
 
+    @torch.inference_mode()
     def _restart(self, where: Tensor) -> None:
         """Begin the games anew that a mask of shape ``(N, 1)`` marks."""
         restart_(self._games, where.view(-1), self.rules, self._tables, dense=self._dense)
@@ -236,7 +246,7 @@ class SnakeEnv(EnvBase):
         }
         if self._with_mask:
             seen["action_mask"] = observe.action_mask(games)
-        if self._with_return:
+        if games.returned is not None:
             seen["episode_return"] = games.returned.clone().unsqueeze(1)
         return seen
 

@@ -24,26 +24,25 @@ class Games:
     Args:
         board: tokens, uint8, ``(games, cells)``.
         offset: index of each game's first cell in the flattened boards, int64, ``(games,)``.
-        head: the head's cell, int64, ``(games,)``.
+        pose: ``4 * the head's cell + direction of the last move``, int64, ``(games,)``.
         tail: the tail's cell, int64, ``(games,)``.
-        direction: of the last move, int64, ``(games,)``.
         score: apples eaten in this game, int64, ``(games,)``.
         steps: steps of this game, int64, ``(games,)``.
-        returned: rewards of this game, summed, float32, ``(games,)``.
         streams: states of the random numbers, int64, ``(games,)``.
+        returned: rewards of this game, summed, float32, ``(games,)``; ``None`` where nobody asks
+            for it.
         entered: the step in which the head entered each cell, float32, ``(games, cells)``, of use
             where the body is; ``None`` where nobody asks for it.
     """
 
     board: Tensor
     offset: Tensor
-    head: Tensor
+    pose: Tensor
     tail: Tensor
-    direction: Tensor
     score: Tensor
     steps: Tensor
-    returned: Tensor
     streams: Tensor
+    returned: Tensor | None = None
     entered: Tensor | None = None
 
     def state(self) -> dict[str, Tensor]:
@@ -81,7 +80,15 @@ class Outcome(NamedTuple):
     truncated: Tensor
 
 
-def new_games(rules: Rules, tables: Tables, number: int, *, seed: int, ages: bool = False) -> Games:
+def new_games(
+    rules: Rules,
+    tables: Tables,
+    number: int,
+    *,
+    seed: int,
+    returns: bool = False,
+    ages: bool = False,
+) -> Games:
     """Return so many games at their beginning.
 
     Args:
@@ -89,6 +96,7 @@ def new_games(rules: Rules, tables: Tables, number: int, *, seed: int, ages: boo
         tables: of :func:`make_tables`, whose device is the games'.
         number: of games.
         seed: of all their random numbers.
+        returns: whether to sum each game's rewards.
         ages: whether to note when the head entered each cell.
 
     Example:
@@ -101,17 +109,19 @@ def new_games(rules: Rules, tables: Tables, number: int, *, seed: int, ages: boo
                 [0, 0, 0, 0]], dtype=torch.uint8)
     """
     device = tables.board.device
-    head, tail, direction, score, steps = torch.zeros(5, number, dtype=torch.int64, device=device)
+
+    def zeros(dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(number, dtype=dtype, device=device)
+
     games = Games(
         board=tables.board.repeat(number, 1),
         offset=torch.arange(number, device=device) * rules.cells,
-        head=head.clone(),
-        tail=tail.clone(),
-        direction=direction.clone(),
-        score=score.clone(),
-        steps=steps.clone(),
-        returned=torch.zeros(number, dtype=torch.float32, device=device),
+        pose=zeros(),
+        tail=zeros(),
+        score=zeros(),
+        steps=zeros(),
         streams=new_streams(seed, number, device),
+        returned=zeros(torch.float32) if returns else None,
         entered=tables.entered.repeat(number, 1) if ages else None,
     )
     restart_(games, torch.ones(number, dtype=torch.bool, device=device), rules, tables)
@@ -150,38 +160,39 @@ def step_(
                 [0, 3, 3, 2],
                 [0, 0, 0, 1]], dtype=torch.uint8)
     """
-    board, cells = games.board.view(-1), rules.cells
-    # A reversal keeps the direction: of opposite ones, one bit differs.
-    games.direction = action ^ (action ^ 2 == games.direction) * 2
-    token = games.direction + BODY
-    board.scatter_(0, games.offset + games.head, token.to(torch.uint8))
-
-    head = tables.moves.index_select(0, token * cells + games.head)
-    head_index, tail_index = games.offset + head, games.offset + games.tail
-    met = board.index_select(0, head_index)
+    board, offset = games.board.view(-1), games.offset
+    behind = offset + (games.pose >> 2)
+    games.pose = tables.turns.index_select(0, torch.add(action, games.pose, alpha=4))
+    head, tail = offset + (games.pose >> 2), offset + games.tail
+    # A wall leads to the cell before it: the snake meets the body that it leaves there.
+    board.scatter_(0, behind, tables.left_by.index_select(0, games.pose))
+    met = board.index_select(0, head)
     eaten = met == FOOD
-    # The table leads from a wall's cell to that cell. A tail that moves on is no obstacle.
-    died = ((met > FOOD) & (head != games.tail)) | (head == games.head)
+    # A tail that moves on is no obstacle; a snake of one cell is its own tail, also at a wall.
+    died = (met > FOOD) & (head != tail)
+    if rules.initial_length == 1:
+        died |= head == behind
 
-    left = board.index_select(0, tail_index)
-    stays = left * eaten
-    board.scatter_(0, tail_index, stays)
+    left = board.index_select(0, tail)
+    stays = left * eaten.view(torch.uint8)
+    board.scatter_(0, tail, stays)
     # No token leads to where it is.
-    games.tail = tables.moves.index_select(0, (left - stays).long() * cells + games.tail)
-    board.scatter_(0, head_index, torch.full_like(met, HEAD))
-    games.head = head
+    step = (left - stays).long()
+    games.tail = tables.moves.index_select(0, torch.add(games.tail, step, alpha=rules.cells))
+    board.scatter_(0, head, torch.full_like(met, HEAD))
     games.score += eaten
     games.steps += 1
     if games.entered is not None:
-        games.entered.view(-1).scatter_(0, head_index, games.steps.float())
+        games.entered.view(-1).scatter_(0, head, games.steps.float())
 
-    won = games.score == cells - rules.initial_length
-    _place_food_(games, eaten > won, rules, dense=dense)
+    won = games.score == rules.cells - rules.initial_length
+    _place_food_(games, eaten & ~won, rules, dense=dense)
     terminated = died | won
-    truncated = (games.steps >= rules.max_steps) > terminated
-    reward = torch.full_like(eaten, rules.step_reward, dtype=torch.float32)
-    reward.masked_fill_(eaten, rules.food_reward).masked_fill_(died, rules.death_reward)
-    games.returned += reward
+    truncated = (games.steps >= rules.max_steps) & ~terminated
+    reward = torch.where(eaten, tables.food_reward, tables.step_reward)
+    reward = torch.where(died, tables.death_reward, reward)
+    if games.returned is not None:
+        games.returned += reward
     return Outcome(reward, terminated, truncated)
 
 
@@ -197,10 +208,10 @@ def restart_(
         tables: of :func:`make_tables`.
         dense: as in :func:`step_`.
     """
-    begin = {
-        "head": rules.start, "tail": rules.start - rules.initial_length + 1, "direction": RIGHT,
-        "score": 0, "steps": 0, "returned": 0,
-    }  # fmt: skip
+    tail = rules.start - rules.initial_length + 1
+    begin = {"pose": 4 * rules.start + RIGHT, "tail": tail, "score": 0, "steps": 0}
+    if games.returned is not None:
+        begin["returned"] = 0
     free = len(tables.free)
     if dense:
         for name, value in begin.items():
@@ -216,7 +227,10 @@ def restart_(
     rows = where.nonzero().squeeze(1)
     for name, value in begin.items():
         getattr(games, name).index_fill_(0, rows, value)
-    games.board.index_copy_(0, rows, tables.board.expand(len(rows), -1))
+    # Bytes are copied faster as wider numbers, where these fit into a row.
+    wide = torch.int32 if rules.cells % 4 == 0 else torch.uint8
+    new = tables.board.view(wide).expand(len(rows), -1)
+    games.board.view(wide).index_copy_(0, rows, new)
     if games.entered is not None:
         games.entered.index_copy_(0, rows, tables.entered.expand(len(rows), -1))
     streams = advance(games.streams.index_select(0, rows))
@@ -228,10 +242,10 @@ def restart_(
 
 def _place_food_(games: Games, hungry: Tensor, rules: Rules, *, dense: bool) -> None:
     """Put food on a free cell, each as likely as the others, of the boards that lack it."""
-    free = rules.cells - rules.initial_length - games.score
+    most = rules.cells - rules.initial_length
     if dense:
         advanced = advance(games.streams)
-        cell = _free_cell(games.board, uniform_below(advanced, free))
+        cell = _free_cell(games.board, uniform_below(advanced, most - games.score))
         # A full board has no such cell, and is not hungry.
         cell = cell.clamp(max=rules.cells - 1).unsqueeze(1)
         old = games.board.gather(1, cell)
@@ -241,12 +255,12 @@ def _place_food_(games: Games, hungry: Tensor, rules: Rules, *, dense: bool) -> 
     rows = hungry.nonzero().squeeze(1)
     streams = advance(games.streams.index_select(0, rows))
     games.streams.index_copy_(0, rows, streams)
-    rank = uniform_below(streams, free.index_select(0, rows))
+    rank = uniform_below(streams, most - games.score.index_select(0, rows))
     cell = _free_cell(games.board.index_select(0, rows), rank)
     games.board.view(-1).index_fill_(0, games.offset.index_select(0, rows) + cell, FOOD)
 
 
 def _free_cell(board: Tensor, rank: Tensor) -> Tensor:
     """Return the empty cell of each board that has so many empty ones before it."""
-    passed = (board == EMPTY).cumsum(1, dtype=torch.int32) <= rank.unsqueeze(1)
-    return passed.sum(1)
+    empty = (board == EMPTY).cumsum(1)
+    return torch.searchsorted(empty, rank.unsqueeze(1), right=True).squeeze(1)

@@ -88,8 +88,8 @@ def action_mask(games: Games) -> Tensor:
     Returns:
         bool, ``(games, 4)``.
     """
-    direction = torch.arange(4, device=games.direction.device)
-    return direction != (games.direction ^ 2).unsqueeze(1)
+    direction = torch.arange(4, device=games.pose.device)
+    return direction != ((games.pose & 3) ^ 2).unsqueeze(1)
 
 
 OBSERVATIONS: dict[str, Callable[[Games, Rules], Tensor]] = {

@@ -84,18 +84,29 @@ class Tables(NamedTuple):
     """What depends on the rules alone, as tensors to look up.
 
     Args:
+        turns: the pose after an action, int64, at ``4 * pose + action``, where a pose is ``4 * the
+            head's cell + direction``. A reversal keeps the direction; a wall keeps the cell.
+        left_by: the token of the cell that a snake has left which is in this pose now, uint8.
         moves: the cell that lies in the direction of a body token, int64, at
             ``token * cells + cell``; a cell at the wall leads to itself, and so do other tokens.
         board: a new game's tokens without food, uint8, ``(cells,)``.
         free: the cells of that board that are free, int64.
         entered: the step in which the snake entered each cell of that board, float32,
             ``(cells,)``: the head in step 0, what lies behind it before.
+        food_reward: float32, ``()``, and so are the others.
+        death_reward: for a step that dies.
+        step_reward: for any other step.
     """
 
+    turns: Tensor
+    left_by: Tensor
     moves: Tensor
     board: Tensor
     free: Tensor
     entered: Tensor
+    food_reward: Tensor
+    death_reward: Tensor
+    step_reward: Tensor
 
 
 def make_tables(rules: Rules, device: torch.device | None = None) -> Tables:
@@ -122,11 +133,25 @@ def make_tables(rules: Rules, device: torch.device | None = None) -> Tables:
         inside = (to_row >= 0) & (to_row < rules.height)
         inside &= (to_column >= 0) & (to_column < rules.width)
         moves[BODY + direction] = torch.where(inside, to_row * rules.width + to_column, cell)
+    # Of opposite directions, one bit differs.
+    before, action = torch.arange(4).view(4, 1), torch.arange(4)
+    direction = torch.where(action == before ^ 2, before, action)
+    to_cell = moves[BODY : BODY + 4].T[:, direction]  # (cells, directions, actions)
     board = torch.zeros(rules.cells, dtype=torch.uint8)
     entered = torch.zeros(rules.cells, dtype=torch.float32)
     snake = torch.arange(rules.initial_length)
     board[rules.start - snake] = BODY + RIGHT
     board[rules.start] = HEAD
     entered[rules.start - snake] = -snake.float()
-    free = (board == EMPTY).nonzero().squeeze(1)
-    return Tables(*(table.to(device) for table in (moves.flatten(), board, free, entered)))
+    tables = Tables(
+        turns=(4 * to_cell + direction).flatten(),
+        left_by=(BODY + action).to(torch.uint8).repeat(rules.cells),
+        moves=moves.flatten(),
+        board=board,
+        free=(board == EMPTY).nonzero().squeeze(1),
+        entered=entered,
+        food_reward=torch.tensor(float(rules.food_reward)),
+        death_reward=torch.tensor(float(rules.death_reward)),
+        step_reward=torch.tensor(float(rules.step_reward)),
+    )
+    return Tables(*(table.to(device) for table in tables))
