@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from muon_rl.envs.snake.rules import BODY, EMPTY, FOOD, HEAD, RIGHT, Rules, Tables
+from muon_rl.envs.snake.rules import EMPTY, FOOD, HEAD, RIGHT, Rules, Tables
 from muon_rl.envs.snake.streams import advance, new_streams, uniform_below
 
 
