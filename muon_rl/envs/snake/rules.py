@@ -134,9 +134,9 @@ def make_tables(rules: Rules, device: torch.device | None = None) -> Tables:
         inside &= (to_column >= 0) & (to_column < rules.width)
         moves[BODY + direction] = torch.where(inside, to_row * rules.width + to_column, cell)
     # Of opposite directions, one bit differs.
-    before, action = torch.arange(4).view(4, 1), torch.arange(4)
-    direction = torch.where(action == before ^ 2, before, action)
-    to_cell = moves[BODY : BODY + 4].T[:, direction]  # (cells, directions, actions)
+    action, before = torch.arange(4), torch.arange(4).view(4, 1)
+    turned = torch.where(action == before ^ 2, before, action)
+    to_cell = moves[BODY : BODY + 4].T[:, turned]  # (cells, directions, actions)
     board = torch.zeros(rules.cells, dtype=torch.uint8)
     entered = torch.zeros(rules.cells, dtype=torch.float32)
     snake = torch.arange(rules.initial_length)
@@ -144,7 +144,7 @@ def make_tables(rules: Rules, device: torch.device | None = None) -> Tables:
     board[rules.start] = HEAD
     entered[rules.start - snake] = -snake.float()
     tables = Tables(
-        turns=(4 * to_cell + direction).flatten(),
+        turns=(4 * to_cell + turned).flatten(),
         left_by=(BODY + action).to(torch.uint8).repeat(rules.cells),
         moves=moves.flatten(),
         board=board,
