@@ -73,6 +73,7 @@ def test_each_configuration_of_the_protocol_trains_its_terms(point, workspace):
         ("muesli_minatar_breakout", ["--data.steps_per_collection=160"]),
         ("muesli_snake", []),
         ("muesli_cartpole_swingup", []),
+        ("muesli_arena", ["--data.total_frames=2000", "--env.max_steps=50"]),
     ],
 )
 def test_each_recipe_trains_every_network(config, options, workspace):
