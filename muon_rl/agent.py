@@ -209,7 +209,10 @@ class Agent(L.LightningModule):
             self._updates = []
         metrics = {f"train/{name}": value.item() for name, value in scalars.items()}
         speed = self._clock.read(self.frames)
-        metrics |= {f"train/{name}": value for name, value in speed._asdict().items()}
+        if speed is not None:
+            metrics |= {f"train/{name}": value for name, value in speed._asdict().items()}
+        elif together:  # collected before the clock ran: from here on, whole rounds
+            self._clock.start(self.frames)
         self.track(metrics | self.rates() | data.take_episode_metrics())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -38,6 +38,7 @@ class Clock:
             frames: so far.
         """
         self._frames, self._since = frames, time.perf_counter()
+        self._step_seconds, self._step_events = 0.0, []
 
     def pause(self) -> None:
         """Leave out the time from now on."""
@@ -63,12 +64,17 @@ class Clock:
         elif began is not None:
             self._step_seconds += time.perf_counter() - began
 
-    def read(self, frames: int) -> Speed:
+    def read(self, frames: int) -> Speed | None:
         """Return what was measured since the last reading, and begin anew.
 
         Args:
             frames: so far.
+
+        Returns:
+            ``None`` where there were no frames since: then nothing begins anew.
         """
+        if frames == self._frames:
+            return None
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         if self._step_events:
@@ -76,8 +82,7 @@ class Clock:
             milliseconds = sum(began.elapsed_time(end) for began, end in self._step_events)
             self._step_seconds += milliseconds / 1000
         speed = Speed((frames - self._frames) / seconds, min(self._step_seconds / seconds, 1.0))
-        self._frames, self._since = frames, now
-        self._step_seconds, self._step_events = 0.0, []
+        self.start(frames)
         return speed
 
 

@@ -57,10 +57,13 @@ def test_each_rollout_has_its_metrics_and_rates_once(case, anneal, workspace):
     assert ("train/aux_learning_rate" in record.data.metrics) == (case == "muon")
     for name in (
         "loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction",
-        "explained_variance", "frames_per_second", "optimizer_share",
-        "episode_return", "episode_length", "episode_score",
+        "explained_variance", "episode_return", "episode_length", "episode_score",
     ):  # fmt: skip
         assert [frames for frames, _ in workspace.history(f"train/{name}")] == list(ROLLOUTS), name
+    for name in ("frames_per_second", "optimizer_share"):  # of whole rounds of collecting and learning
+        points = workspace.history(f"train/{name}")
+        assert [frames for frames, _ in points] == list(ROLLOUTS[1:]), name
+        assert all(value > 0 for _, value in points)
 
 
 def test_the_sampled_policy_and_the_greedy_one_are_evaluated_and_filmed(workspace):

@@ -71,6 +71,11 @@ class FramesProgressBar(TQDMProgressBar):
     def on_validation_batch_end(self, *_: Any) -> None:
         """Leave the hidden bar of an evaluation alone."""
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say in the bar why it stands still."""
+        if trainer.state.fn == "fit" and not self.is_disabled:
+            self.train_progress_bar.set_postfix_str("evaluating")
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the evaluation's line and show its return in the bar."""
         if trainer.state.fn != "fit" or self.is_disabled:
