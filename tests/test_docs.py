@@ -35,7 +35,7 @@ def test_a_program_of_the_docs_runs(program, tmp_path, monkeypatch):
     exec(compile(program, "docs", "exec"), names)
     optimizers = [value for value in names.values() if isinstance(value, Muon)]
     optimizers += names["trainer"].optimizers if "trainer" in names else []
-    assert len(optimizers) == 1
+    assert len(optimizers) == ("optim" in program)
     # Where it is said how to train, every group has made its steps.
     if ".step()" in program or ".fit(" in program:
         assert all(group["step"] >= 10 for group in optimizers[0].param_groups)

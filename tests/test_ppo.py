@@ -60,7 +60,7 @@ def test_each_rollout_has_its_metrics_and_rates_once(case, anneal, workspace):
         "explained_variance", "episode_return", "episode_length", "episode_score",
     ):  # fmt: skip
         assert [frames for frames, _ in workspace.history(f"train/{name}")] == list(ROLLOUTS), name
-    for name in ("frames_per_second", "optimizer_share"):  # of whole rounds of collecting and learning
+    for name in ("frames_per_second", "optimizer_share"):  # of whole rounds
         points = workspace.history(f"train/{name}")
         assert [frames for frames, _ in points] == list(ROLLOUTS[1:]), name
         assert all(value > 0 for _, value in points)

@@ -212,6 +212,7 @@ def test_the_bar_counts_frames(workspace, capsys):
     value = workspace.history("eval/return")[-1][1]
     assert f"return {value:.1f}" in out
     assert "v_num" not in out
+    assert "evaluating" in out
     assert json.dumps(out).count("200 frames  eval/length 100.0") == 1
 
 
