@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         "muon-rl compare", description=HELP, epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    # argparse takes -1600:0 and -1e3 for options, and only -1600 for a number.
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
     add = parser.add_argument
     add("experiments", nargs="+", metavar="EXPERIMENT", help="name or id of an MLflow experiment")
     add(

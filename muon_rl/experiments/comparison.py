@@ -31,7 +31,8 @@ class Comparison:
         tasks: of all groups.
         bounds: by task, the scores that become 0 and 1; empty where scores are in the metric's
             unit.
-        finals: of each group, by task, the final scores, normalised where there are bounds.
+        finals: of each group, by task, the final scores, ascending, normalised where there are
+            bounds.
     """
 
     options: Options
@@ -75,7 +76,8 @@ def compare(client: MlflowClient, runs: Sequence[Run], options: Options) -> Comp
 
     def scores(group: Group, of: Callable[[str, Sequence[Evaluated]], Floats]) -> dict:
         found = {task: of(task, members) for task, members in group.tasks.items()}
-        return {t: normalise(s, bounds.get(t)) for t, s in found.items() if s.size}
+        # Sorted, so that no number hangs on the order of the runs in the store.
+        return {t: np.sort(normalise(s, bounds.get(t))) for t, s in found.items() if s.size}
 
     finals = [
         scores(group, lambda _, members: np.array([one.final(options.last) for one in members]))

@@ -34,10 +34,10 @@ def log(
     name = f"comparison by {', '.join(comparison.options.group_by)}"
     tags = {KIND: "comparison", "mlflow.note.content": to_markdown(comparison)[:8000]}
     run_id = client.create_run(experiment_id, tags=tags, run_name=name[:250]).info.run_id
+    groups = _names([row.group for row in comparison.rows])
     metrics = [
-        # MLflow takes no other signs in the name of a metric.
-        Metric(f"{re.sub(r'[^A-Za-z0-9_.: /-]', '_', row.group)[:150]}/{column}", value, 0, 0)
-        for row in comparison.rows
+        Metric(f"{group}/{column}", value, 0, 0)
+        for group, row in zip(groups, comparison.rows, strict=True)
         for column, value in asdict(row).items()
         if isinstance(value, (int, float))
     ]
@@ -53,3 +53,9 @@ def log(
     finally:
         client.set_terminated(run_id, status)
     return run_id
+
+
+def _names(labels: Sequence[str]) -> list[str]:
+    """Return a name for each label that MLflow takes as the folder of a metric, none twice."""
+    names = [re.sub(r"[^\w.: -]", "_", label)[:150].strip(". ") or "_" for label in labels]
+    return [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]

@@ -41,7 +41,7 @@ def remarks_of(
         soft = [*_overlaps(index, rows, against_first=baseline is not None)]
         if options.thresholds:
             soft += _threshold(group, options)
-        if group.seeds >= ENOUGH and (share := coverage(group.seeds)) and share < 0.945:
+        if group.seeds >= ENOUGH and (share := coverage(group.seeds)) and share < 0.95:
             soft.append(f"{group.seeds} seeds: the 95% interval covers about {share:.0%}")
         if group.label == NONE or f"={NONE}" in group.label:
             soft.append("these runs lack what is grouped by")
@@ -80,7 +80,7 @@ def _left_out(group: Group, options: Options) -> Iterator[str]:
         finished = _count(len(group.without_metric), "run")
         yield f"{finished} without {options.metric} left out"
     if group.without_number:
-        yield f"{_count(len(group.without_number), 'run')} with nothing but NaN left out"
+        yield f"{_count(len(group.without_number), 'run')} without a finite value left out"
     for task, seeds in group.doubled.items():
         of = f" on {task}" if len(group.tasks) > 1 else ""
         for seed in dict.fromkeys(seeds):

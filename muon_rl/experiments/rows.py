@@ -88,10 +88,10 @@ def make_row(
 
     Args:
         group: whose.
-        final: by task, the final scores of its runs.
-        area: by task, the means of their curves; empty where frames have none in common.
+        final: by task, the final scores of its runs, ascending.
+        area: by task, the means of their curves, ascending; empty where frames have none in common.
         options: of the comparison.
-        baseline: by task, the final scores of the baseline's runs, if there is one.
+        baseline: by task, the final scores of the baseline's runs, ascending, if there is one.
     """
     row: dict[str, Any] = {
         "group": group.label,
@@ -123,8 +123,8 @@ def make_row(
         row["improvement_probability"] = probability_of_improvement(ours, theirs)
         if min(map(len, [*ours, *theirs])) > 1:
             samples = bootstrap_improvement(
-                [np.sort(task) for task in ours],
-                [np.sort(task) for task in theirs],
+                ours,
+                theirs,
                 resamples=options.resamples,
                 generator=np.random.default_rng(options.seed),
             )
@@ -148,8 +148,7 @@ def _interval(group: Group, scores: Mapping[str, Floats], options: Options) -> I
     if group.seeds < 2:
         return None
     samples = stratified_bootstrap(
-        # Sorted, so that the interval does not hang on the order of the runs in the store.
-        [np.sort(scores[task]) for task in sorted(scores)],
+        [scores[task] for task in sorted(scores)],
         iqm,
         resamples=options.resamples,
         generator=np.random.default_rng(options.seed),

@@ -16,6 +16,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Experiment, ViewType
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
+from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.uri import is_local_uri
 
 from muon_rl.tags import KIND, PAUSES
 
@@ -61,22 +63,27 @@ def open_store(tracking_uri: str) -> MlflowClient:
         tracking_uri: any of MLflow's.
 
     Raises:
-        ComparisonError: if it is a sqlite file that is missing or no store of MLflow's.
+        ComparisonError: if it is a file or folder that is missing, or no store of MLflow's.
     """
+    missing = ComparisonError(
+        f"There is no tracking store {tracking_uri}: name one with --tracking-uri or "
+        "MLFLOW_TRACKING_URI."
+    )
     if tracking_uri.startswith(_SQLITE):
         file = Path(tracking_uri.removeprefix(_SQLITE).partition("?")[0])
         if not file.is_file():
-            raise ComparisonError(
-                f"There is no tracking store {tracking_uri}: name one with --tracking-uri or "
-                "MLFLOW_TRACKING_URI."
-            )
-        # MLflow would make its tables, and an experiment, in an empty one.
+            raise missing
+        # MLflow would make its tables, and an experiment, in an empty one. Not opened read-only:
+        # what a killed writer left half done could not be rolled back.
         try:
-            with closing(sqlite3.connect(f"file:{file.absolute()}?mode=ro", uri=True)) as store:
+            with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True)) as store:
                 store.execute("select 1 from experiments").fetchone()
         except sqlite3.DatabaseError as error:
             raise ComparisonError(f"{file} is no tracking store of MLflow's: {error}.") from error
     try:
+        # MLflow would make a folder, and an experiment in it.
+        if is_local_uri(tracking_uri) and not Path(local_file_uri_to_path(tracking_uri)).is_dir():
+            raise missing
         client = MlflowClient(tracking_uri)
         client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
@@ -161,7 +168,7 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> tuple[list[str], dic
 
     Returns:
         The keys; and the runs by label: the value of a single key, ``key=value, …`` of several,
-        ``(none)`` where a run has none of them.
+        ``(none)`` where a run has none of them. A label is a line: white space in it is a blank.
 
     Raises:
         ComparisonError: if no run has a key, naming near ones.
@@ -194,11 +201,10 @@ def natural(text: str) -> list[tuple[int, float, str]]:
 
 
 def _label(run: Run, keys: Sequence[str]) -> str:
-    if len(keys) == 1:
-        return run.values.get(keys[0], NONE)
-    if not any(key in run.values for key in keys):
-        return NONE
-    return ", ".join(f"{key}={run.values.get(key, NONE)}" for key in keys)
+    values = {key: " ".join(run.values[key].split()) for key in keys if key in run.values}
+    if len(keys) == 1 or not values:
+        return values.get(keys[0], NONE)
+    return ", ".join(f"{key}={values.get(key, NONE)}" for key in keys)
 
 
 def _run(run: MlflowRun, experiment: str) -> Run:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 
 from muon_rl.experiments.comparison import Comparison
 from muon_rl.experiments.rows import COLUMNS, Row
@@ -86,7 +87,7 @@ def notes(comparison: Comparison) -> list[str]:
             f"{t} {low:g} to {high:g}" for t, (low, high) in comparison.bounds.items()
         )
         unit = f" Scores are normalised: 0 to 1 is {spans}; tasks count together."
-    covered = ", ".join(f"{share:.0%} (n = {n})" for n, share in sorted(COVERAGE.items()))
+    covered = ", ".join(f"{c:.0%} (n = {n})" for n, c in sorted(COVERAGE.items()) if c < 0.95)
     said = [
         f"Score: {options.metric} ({last} of a run), more is better; grouped by "
         f"{', '.join(options.group_by)}.{unit}",
@@ -115,9 +116,10 @@ def to_markdown(comparison: Comparison) -> str:
     header, lines = cells(comparison)
     left = ("group", "remarks")
     rule = ["---" if name in left else "---:" for name in header]
-    rows = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    rows = [list(map(_markdown, line)) for line in lines]
     table = "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
-    return table + "\n\n" + "\n".join(f"- {note}" for note in notes(comparison)) + "\n"
+    said = "\n".join(f"- {_markdown(note)}" for note in notes(comparison))
+    return f"{table}\n\n{said}\n"
 
 
 def to_latex(comparison: Comparison) -> str:
@@ -215,15 +217,23 @@ def _with_interval(
     return write(value) + (f" [{write(low)}, {write(high)}]" if low is not None else "")
 
 
+def _markdown(text: str) -> str:
+    """Return a text whose signs stand for themselves, those that would do so anyway left alone."""
+    return _MARKDOWN.sub(r"\\\g<0>", text)
+
+
 def _latex(text: str) -> str:
-    for plain, written in _LATEX:
-        text = text.replace(plain, written)
-    return text
+    return text.translate(_LATEX)
 
 
-_LATEX: Sequence[tuple[str, str]] = (
-    ("\\", r"\textbackslash "),
-    *((sign, "\\" + sign) for sign in "&%$#_{}"),
-    ("~", r"\textasciitilde "),
-    ("^", r"\textasciicircum "),
-)
+# An underscore within a word emphasises nothing; a bracket makes a link only before another.
+_MARKDOWN = re.compile(r"[\\`*~<>|]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|&(?=#?\w+;)")
+_LATEX = str.maketrans(
+    {sign: "\\" + sign for sign in "&%$#_{}"}
+    # What begins a line would be taken for an option of the line break before it.
+    | {sign: f"{{{sign}}}" for sign in "[]*"}
+    | {
+        "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+        "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    }
+)  # fmt: skip

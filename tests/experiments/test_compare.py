@@ -185,7 +185,7 @@ def test_a_nan_is_left_out_and_said_never_read_as_zero(store):
     assert number(row, "auc_iqm") == pytest.approx(((4 + 6 + 8) / 3 + (4 + 6 + 6) / 3) / 2)
     assert "2 values were NaN and left out" in row["remarks"]
     assert "1 run ended without a number" in row["remarks"]
-    assert "1 run with nothing but NaN left out" in row["remarks"]
+    assert "1 run without a finite value left out" in row["remarks"]
 
 
 def test_a_finished_run_without_the_metric_is_counted_left_out_and_said(store):
@@ -220,7 +220,9 @@ def test_one_seed_has_no_interval_and_is_a_pilot(store):
 def test_five_seeds_are_no_pilot_and_the_interval_is_said_to_be_short(store):
     store.group("five", [1.0, 2, 3, 4, 5])
     store.group("four", [1.0, 2, 3, 4])
+    store.group("fifty", range(50))
     rows = store.compare()
+    assert "covers" not in rows["fifty"]["remarks"]
     assert "pilot" not in rows["five"]["remarks"]
     assert "5 seeds: the 95% interval covers about 89%" in rows["five"]["remarks"]
     assert "pilot: no claim (4 seeds)" in rows["four"]["remarks"]
@@ -364,6 +366,9 @@ def test_a_filter_leaves_runs_out(store):
         (["walk", "--normalize=run=1:3"], "--normalize names the task 'run'"),
         (["walk", "--last=0"], "--last: must be a whole number from 1 on, but is '0'"),
         (["walk", "--filter=nonsense"], "--filter='nonsense'"),
+        # A number may be negative: what is told is the baseline's name.
+        (["walk", "--threshold", "-1.5e2", "--baseline=moun"], "no group 'moun'"),
+        (["walk", "--normalize", "-1600:0", "--baseline=moun"], "no group 'moun'"),
         (["walk", "--base=muon"], "unrecognized arguments: --base=muon"),
         ([], "required: EXPERIMENT"),
     ],

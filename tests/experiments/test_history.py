@@ -130,7 +130,7 @@ def test_a_tracking_server_gives_the_table_of_its_database(server, tmp_path, mon
     rows = served.compare("--threshold=2", "--baseline=adamw")
     direct = Store(tmp_path, f"sqlite:///{folder}/mlflow.db")
     assert direct.compare("--threshold=2", "--baseline=adamw") == rows
-    assert "1 run with nothing but NaN left out" in rows["adamw"]["remarks"]
+    assert "1 run without a finite value left out" in rows["adamw"]["remarks"]
     after = [experiment.name for experiment in MlflowClient(address).search_experiments()]
     assert after == there
 
