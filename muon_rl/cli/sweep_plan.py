@@ -41,11 +41,29 @@ class Plan:
     passed: list[str]
 
     def fit_options(self, point: Point) -> list[str]:
-        """Return the options of fit that a point has, but for seed, folder and tracking."""
+        """Return the options of fit that a point has, but for seed, folder and tracking.
+
+        Raises:
+            ConfigError: if it is an older point of the study, on a task that is not found by name.
+        """
         first, *others = self.configs
-        task = [self.tasks[point.task]] if point.task else []
+        task = [self._file(point.task)] if point.task else []
         configs = [f"--config={path}" for path in (first, *task, *others)]
         return [*configs, *self.passed, *point.options()]
+
+    def _file(self, task: str) -> str:
+        if task in self.tasks:
+            return self.tasks[task]
+        try:
+            return recipes.find(task)
+        except ConfigError as error:
+            raise ConfigError(
+                f"The study has points on the task {task} as well: give its file with --tasks again."
+            ) from error
+
+    def task_digests(self) -> dict[str, str]:
+        """Return a hash of what each task's file says; it may not change within a study."""
+        return {name: _digest(path) for name, path in self.tasks.items()}
 
     def spec(self, options: argparse.Namespace) -> dict[str, Any]:
         """Return what all trainings of the study have in common; it may not change within one."""
@@ -80,15 +98,27 @@ def plan_of(options: argparse.Namespace, passed: Sequence[str]) -> Plan:
     _check_search(options, sweep, tasks)
     extra = [recipes.find(name) for name in options.config]
     base = sweep.config if not is_sweep else _config_of(path, sweep.config)
-    labels = [Path(file).stem for file in files]
+    named = _by_name(files)
     return Plan(
         name=_name(options.name, path, is_sweep, extra),
         configs=[base, *extra],
-        tasks=dict(zip(labels, files, strict=True)),
-        points=[] if sweep.ranges else _points(options, sweep, labels),
+        tasks=named,
+        points=[] if sweep.ranges else _points(options, sweep, list(named)),
         ranges=sweep.ranges,
         passed=list(passed),
     )
+
+
+def _by_name(files: Sequence[str]) -> dict[str, str]:
+    """Return tasks' files by the names that tell their runs."""
+    named: dict[str, str] = {}
+    for file in files:
+        if (other := named.setdefault(Path(file).stem, file)) != file:
+            raise ConfigError(
+                f"--tasks names two files that are called alike, {other} and {file}: rename one, "
+                "since runs are told apart by it."
+            )
+    return named
 
 
 def _points(options: argparse.Namespace, sweep: Sweep, tasks: Sequence[str]) -> list[Point]:

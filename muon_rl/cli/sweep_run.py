@@ -80,6 +80,10 @@ class SweepRun:
                 f"The study {self.plan.name} cannot be run twice at a time: {error}. Wait for it, "
                 "or name another study with --name."
             ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"{self.study.folder}, where logs and checkpoints go, cannot be written: {error}"
+            ) from error
         try:
             self._run(lock)
         except (OSError, MlflowException) as error:
@@ -92,10 +96,17 @@ class SweepRun:
 
     def _run(self, lock: StudyLock) -> None:
         try:
-            self.study.open(self.plan.spec(self.options), self.command_line)
+            digests = self.plan.task_digests()
+            self.study.open(self.plan.spec(self.options), self.command_line, digests)
         except StudyDiffers as error:
             raise ConfigError(str(error)) from error
         points, seeds = self.study.plan(self.plan.points, self.seeds)
+        try:
+            for point in points:
+                self.plan.fit_options(point)
+        except ConfigError:
+            self.study.close("KILLED")
+            raise
         runs = self.study.runs()
         for run in runs.values():
             self.study.end(run, "KILLED")  # what a killed sweep left as running

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import torch
@@ -40,6 +41,7 @@ class Study:
         self.tracking_uri = tracking_uri
         self.client = MlflowClient(tracking_uri)
         self.parent_id = ""
+        self._tasks: dict[str, str] = {}
 
     def log_file(self, job: Job) -> Path:
         """Return the file of a job's output."""
@@ -51,15 +53,22 @@ class Study:
 
     # -- the parent ----------------------------------------------------------------------------
 
-    def open(self, spec: Mapping[str, Any], command: str) -> None:
+    def open(
+        self,
+        spec: Mapping[str, Any],
+        command: str,
+        tasks: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Begin the study, or go on with it.
 
         Args:
             spec: what its jobs have in common.
             command: the command line.
+            tasks: hashes of their files, by name.
 
         Raises:
-            StudyDiffers: if there is one of this name with another spec, or in another folder.
+            StudyDiffers: if there is one of this name with another spec or task file, or in another
+                folder.
         """
         with self._alone():
             experiment = self.client.get_experiment_by_name(self.name)
@@ -84,6 +93,7 @@ class Study:
             parent = found[0]
             self._check(parent.data.tags, tags)
             self.parent_id = parent.info.run_id
+            self._check_tasks(tasks)
             with self._alone():
                 self.client.update_run(self.parent_id, status="RUNNING")
                 self.client.set_tag(self.parent_id, "muon_rl.command", tags["muon_rl.command"])
@@ -91,6 +101,15 @@ class Study:
             with self._alone():
                 run = self.client.create_run(self._experiment, tags=tags, run_name=self.name)
             self.parent_id = run.info.run_id
+        self._tasks = dict(tasks)
+
+    def _check_tasks(self, tasks: Mapping[str, str]) -> None:
+        had = self._read_plan().get("tasks", {})
+        if changed := [name for name in tasks if had.get(name, tasks[name]) != tasks[name]]:
+            raise StudyDiffers(
+                f"The file of the task {changed[0]} has changed since the study {self.name} was "
+                "begun: put it back, or name another study with --name."
+            )
 
     def _check(self, old: Mapping[str, str], new: Mapping[str, str]) -> None:
         there = old.get("muon_rl.folder", "")
@@ -128,6 +147,7 @@ class Study:
         plan = {
             "points": [{"values": dict(p.values), "task": p.task} for p in points],
             "seeds": seeds,
+            "tasks": {**old.get("tasks", {}), **self._tasks},
         }
         if plan != old:
             self.client.log_text(self.parent_id, json.dumps(plan, indent=1), PLAN)

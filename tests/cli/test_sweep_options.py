@@ -56,6 +56,28 @@ def test_tasks_are_an_axis_and_go_below_other_configs():
     assert names == ["sac_layers.yaml", "cheetah_run.yaml", "reacher_easy.yaml"]
 
 
+def test_older_points_on_tasks_that_are_not_named_again_find_their_files(tmp_path):
+    made = plan("sac_layers", "--tasks", "walker_walk")
+    older = made.fit_options(Point.of({}, task="cheetah_run"))
+    assert older[1].endswith("tasks/cheetah_run.yaml")
+    with pytest.raises(ConfigError, match=r"the task mine as well: give its file with --tasks"):
+        made.fit_options(Point.of({}, task="mine"))
+    assert list(made.task_digests()) == ["walker_walk"]
+
+
+def test_two_tasks_called_alike_are_refused(tmp_path):
+    files = [tmp_path / folder / "walk.yaml" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("env.task: walk\n")
+    with pytest.raises(ConfigError, match=r"called alike, .*a/walk.yaml and .*b/walk.yaml"):
+        plan("sac_cheetah", "--tasks", f"{files[0]},{files[1]}")
+    made = plan("sac_cheetah", "--tasks", f"{files[0]},{files[0]}")
+    digests = made.task_digests()
+    files[0].write_text("env.task: run\n")
+    assert len(made.points) == 1 and made.task_digests() != digests
+
+
 def test_a_file_of_ones_own(tmp_path):
     (tmp_path / "mine.yaml").write_text("seed_everything: 1\n")
     path = tmp_path / "study.yaml"
@@ -119,6 +141,15 @@ def test_a_mistake_in_a_key_is_found_before_anything_is_run(workspace, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["sweep", "ppo_snake_adam_small", "--trainer.logger=false"])
     assert "finds its trainings by their MLflow runs" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_a_line(workspace, capsys):
+    (workspace.folder / "sweeps").write_text("in the way")
+    with pytest.raises(SystemExit, match="2"):
+        main(["sweep", "ppo_snake_adam_small", "--name=study"])
+    error = capsys.readouterr().err
+    assert "sweeps/study, where logs and checkpoints go, cannot be written" in error
+    assert not workspace.records
 
 
 def test_a_dry_run_prints_commands_that_fit_takes(workspace, capsys):

@@ -83,6 +83,20 @@ def test_a_study_keeps_its_points_and_seeds_and_takes_new_ones(study):
     assert study.plan([A], [0]) == ([A, B], [0, 1, 5])
 
 
+def test_a_task_whose_file_has_changed_is_refused_and_new_tasks_are_taken(study, workspace):
+    study.open(SPEC, "muon-rl sweep", {"walk": "walk 1"})
+    study.plan([B], [0])
+    study.close("KILLED")
+    with pytest.raises(StudyDiffers, match=r"file of the task walk has changed .*--name"):
+        new(workspace).open(SPEC, "muon-rl sweep", {"hop": "hop 1", "walk": "walk 2"})
+    assert study.client.get_run(study.parent_id).info.status == "KILLED"
+    again = new(workspace)
+    again.open(SPEC, "muon-rl sweep", {"hop": "hop 1"})
+    again.plan([Point.of({}, task="hop")], [0])
+    with pytest.raises(StudyDiffers, match="task walk"):
+        new(workspace).open(SPEC, "muon-rl sweep", {"walk": "walk 2"})
+
+
 def test_another_spec_under_the_name_is_refused(study, workspace):
     with pytest.raises(StudyDiffers, match=r"=9 before, --data.total_frames=8 now\n.*--name"):
         new(workspace).open({"options of fit": ["--data.total_frames=8"]}, "muon-rl sweep")
