@@ -58,7 +58,7 @@ class Plan:
             return recipes.find(task)
         except ConfigError as error:
             raise ConfigError(
-                f"The study has points on the task {task} as well: give its file with --tasks again."
+                f"The study has points on the task {task} as well: give its file with --tasks too."
             ) from error
 
     def task_digests(self) -> dict[str, str]:
