@@ -91,7 +91,7 @@ def test_a_file_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("0:3", [0, 1, 2]), ("7", [7]), ("0,3,7", [0, 3, 7]), ("1:3,0", [1, 2, 0])],
+    [("0:3", [0, 1, 2]), ("7", [7]), ("0,3,7", [0, 3, 7]), ("1:3,0,2", [1, 2, 0])],
 )
 def test_seeds(text, expected):
     assert sweep_options.read(["x", "--seeds", text])[0].seeds == expected

@@ -12,6 +12,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from muon_rl.cli import main
+from muon_rl.experiments.comparison import Options, compare
+from muon_rl.experiments.rows import Row
+from muon_rl.experiments.runs import find_experiments, find_runs, open_store
 
 START = 1_700_000_000_000  # milliseconds
 
@@ -91,6 +94,13 @@ class Store:
         ])  # fmt: skip
         with (output / "summary.csv").open(newline="") as file:
             return {row["group"]: row for row in csv.DictReader(file)}
+
+    def rows(self, *experiments: str, where: str = "", **options: Any) -> dict[str, Row]:
+        """Return the rows by group, without a file or a picture."""
+        client = open_store(self.uri)
+        runs = find_runs(client, find_experiments(client, experiments or ["walk"]), where)
+        options = {"group_by": ["optimizer"], "resamples": 100, **options}
+        return {row.group: row for row in compare(client, runs, Options(**options)).rows}
 
 
 def free_port() -> int:

@@ -12,18 +12,9 @@ from plain_store import Store
 
 from muon_rl.cli import ConfigError, main
 from muon_rl.cli.compare import main as compare_main
-from muon_rl.experiments.comparison import Options, compare
-from muon_rl.experiments.runs import find_experiments, find_runs, open_store
 from muon_rl.turns import one_process_at_a_time
 
 WALK = ["walk", "--group-by=optimizer", "--resamples=10"]
-
-
-def rows_of(uri: str):
-    client = open_store(uri)
-    runs = find_runs(client, find_experiments(client, ["walk"]))
-    options = Options(group_by=["optimizer"], baseline="a", resamples=50, thresholds={"": 2.0})
-    return compare(client, runs, options).rows
 
 
 def test_a_folder_of_files_gives_the_table_of_a_database(store, tmp_path, monkeypatch):
@@ -32,7 +23,8 @@ def test_a_folder_of_files_gives_the_table_of_a_database(store, tmp_path, monkey
     for kept in (store, files):
         kept.group("a", [1.0, 3.0, float("nan"), 2.0, 1e308])
         kept.group("b", [4.0, 2.5, 3.0], metrics={"train/optimizer_share": [0.25]})
-    assert rows_of(store.uri) == rows_of(files.uri)
+    options = {"baseline": "a", "thresholds": {"": 2.0}}
+    assert store.rows(**options) == files.rows(**options)
 
 
 @pytest.mark.parametrize("scheme", ["file://", ""])
@@ -46,7 +38,7 @@ def test_a_folder_that_is_missing_is_not_made(tmp_path, monkeypatch, scheme):
 def test_what_a_killed_writer_left_half_written_is_not_read(store):
     """Its journal is there still: whoever reads next has to undo it first."""
     store.group("a", [1.0, 2.0])
-    before = rows_of(store.uri)
+    before = store.rows()
     code = (
         "import os, sqlite3; c = sqlite3.connect('mlflow.db', isolation_level=None)\n"
         "c.execute('pragma cache_size = 1'); c.execute('begin')\n"
@@ -57,7 +49,7 @@ def test_what_a_killed_writer_left_half_written_is_not_read(store):
     )
     subprocess.run([sys.executable, "-S", "-c", code], check=False)
     assert (store.folder / "mlflow.db-journal").stat().st_size > 0
-    assert rows_of(store.uri) == before
+    assert store.rows() == before
 
 
 def test_a_comparison_is_logged_when_the_store_s_writer_has_done(store):
@@ -84,6 +76,5 @@ def test_in_which_order_the_runs_lie_makes_no_difference(store):
     for name in ("one", "two", "three"):
         for final in finals:
             store.run([final], seed=None, experiment=name, tags={"optimizer": "a"})
-        runs = find_runs(store.client, find_experiments(store.client, [name]))
-        rows += compare(store.client, runs, Options(group_by=["optimizer"], resamples=50)).rows
+        rows.append(store.rows(name))
     assert rows[0] == rows[1] == rows[2]

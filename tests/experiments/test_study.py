@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from muon_rl.experiments import read_ranges
@@ -113,6 +114,34 @@ def test_a_deleted_experiment_is_told(study, workspace):
         new(workspace).open(SPEC, "muon-rl sweep")
 
 
+def save(study: Study, job: Job, stamp: str, run: str) -> Path:
+    path = study.checkpoints(job) / "walk" / "seed_0" / stamp / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save({"muon_rl": {"mlflow_run_id": run}}, path)
+    return path
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_that_can_be_read(study):
+    job = Job(A, 0)
+    run = train(study, job, "KILLED")
+    assert study.last_checkpoint(job, study.runs()[job]) is None
+    save(study, job, "2026-01-01", run)
+    newest = save(study, job, "2026-01-02", run)
+    save(study, job, "2026-01-03", "another run")
+    save(study, job, "2026-01-04", run).write_bytes(b"half of it")
+    assert study.last_checkpoint(job, study.runs()[job]) == newest
+
+
+def test_a_run_whose_process_was_lost_ended_when_it_last_wrote(study):
+    lost, done = (train(study, Job(A, seed), status) for seed, status in ((0, None), (1, "FAILED")))
+    study.client.log_metric(lost, "eval/return", 1.0, timestamp=1_234_567_890_123, step=64)
+    for run in study.runs().values():
+        study.end(run, "KILLED")
+    info = study.client.get_run(lost).info
+    assert (info.status, info.end_time) == ("KILLED", 1_234_567_890_123)
+    assert study.client.get_run(done).info.status == "FAILED"
+
+
 # -- schedule ------------------------------------------------------------------------------------
 
 
@@ -134,6 +163,19 @@ def test_a_job_that_fails_is_run_again_and_then_reported(study, capsys):
     assert study.log_file(jobs[1]).read_text() == "it broke\n" * 3
     assert not study.log_file(jobs[0]).exists()
     assert capsys.readouterr().out.count("exit code 3, it is run again") == 2
+
+
+def test_a_checkpoint_that_is_refused_is_no_failure_and_an_end_without_a_run_is(study):
+    job = Job(A, 0)
+    run = train(study, job, "KILLED")
+    save(study, job, "2026-01-01", run)
+    state = Schedule(
+        study, Listed([job], study.runs()), LocalLauncher({}),
+        lambda job, checkpoint: ["sh", "-c", "echo with; exit 2" if checkpoint else "echo without"],
+        runs=study.runs(), view=Lines(study, "eval/return"), stop=Stop(), jobs=1, retries=0,
+    ).run(pause=0.02)  # fmt: skip
+    assert study.log_file(job).read_text() == "with\nwithout\n"
+    assert state.failed == {job: 0} and not study.runs()
 
 
 def test_no_more_jobs_run_than_were_asked_for(study, tmp_path):
@@ -294,12 +336,13 @@ def test_results_rank_points_by_the_mean_of_their_finished_seeds(study):
     for job, value in values.items():
         train(study, job, "FINISHED", **{"eval/return": value})
     train(study, Job(B, 1), "FAILED", **{"eval/return": 100.0})
+    train(study, Job(B, 2), "FINISHED", **{"eval/return": float("nan")})
     jobs = jobs_of([A, B], [0, 1, 2])
     ranked = ranking(jobs, study.runs(), "eval/return")
     assert ranked == [(B, {0: 3.0}), (A, {0: 1.0, 1: 4.0})]
     assert ranking(jobs, study.runs(), "eval/return", minimize=True)[0][0] == A
     rows = rows_of(jobs, study.runs(), "eval/return")
-    assert Counter(row["status"] for row in rows) == {"FINISHED": 3, "FAILED": 1, "NOT RUN": 2}
+    assert Counter(row["status"] for row in rows) == {"FINISHED": 4, "FAILED": 1, "NOT RUN": 1}
 
 
 def test_the_log_tells_frames_and_its_last_lines(tmp_path):
