@@ -54,9 +54,9 @@ def test_a_longer_interval_with_more_frames_is_no_pause(store):
 
 
 def test_fast_evaluations_before_training_make_it_no_pause(store):
-    """Six evaluations while nothing is trained, a second each, then six of 30 seconds."""
-    times = np.cumsum([1.0] * 6 + [30.0] * 6).tolist()
-    assert seconds_of(store, store.run([1.0] * 12, seconds=times)) == times
+    """Nine evaluations while nothing is trained, a second each, then four of 30 seconds."""
+    times = np.cumsum([1.0] * 9 + [30.0] * 4).tolist()
+    assert seconds_of(store, store.run([1.0] * 13, seconds=times)) == times
 
 
 def test_setting_up_belongs_to_the_run(store):

@@ -115,6 +115,19 @@ def test_the_interval_covers_what_is_said_of_it(seeds):
     assert inside / 2000 == pytest.approx(coverage(seeds), abs=0.015)
 
 
+@pytest.mark.parametrize(("seeds", "said"), [(5, 0.08), (20, 0.06)])
+def test_groups_that_are_alike_are_told_apart_as_often_as_the_docs_say(seeds, said):
+    """By an interval of the probability of improvement without 0.5; two standard errors are 2%."""
+    generator = np.random.default_rng(0)
+    shown = 0
+    for _ in range(800):
+        ours, theirs = generator.normal(size=(2, 1, seeds))
+        samples = bootstrap_improvement(ours, theirs, resamples=400, generator=generator)
+        low, high = percentile_interval(samples)
+        shown += not low <= 0.5 <= high
+    assert shown / 800 == pytest.approx(said, abs=0.02)
+
+
 def test_curves_have_the_interval_of_each_point():
     rows = made(6, 3).T  # runs by points
     options = {"resamples": 20_000, "generator": np.random.default_rng(0)}
