@@ -156,7 +156,8 @@ def test_markdown_has_a_row_a_group(made):
 
 def test_latex_escapes_what_it_takes_for_its_own(made):
     text = (made[0] / "summary.tex").read_text()
-    assert r"adam \& <b>w</b>\_1\% (baseline) & 10 & 5" in text
+    signs = r"\textless{}b\textgreater{}w\textless{}/b\textgreater{}\_1\%"
+    assert rf"adam \& {signs} (baseline) & 10 & 5" in text
     body = text.partition(r"\midrule")[2].partition(r"\bottomrule")[0].strip().splitlines()
     columns = re.search(r"\\begin\{tabular\}\{(l r*|lr*)\}", text)[1]
     assert [len(re.findall(r"(?<!\\)&", line)) + 1 for line in body] == [len(columns)] * 3
