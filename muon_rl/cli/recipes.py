@@ -52,9 +52,9 @@ def find(name: str) -> str:
     if name in recipes:
         return str(recipes[name])
     close = difflib.get_close_matches(name, recipes, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     raise ConfigError(
-        f"--config={name}: there is no such file and no shipped recipe of this name; {hint}"
+        f"--config={name}: there is no such file and no shipped recipe of this name{hint} "
         f"Shipped are the recipes {', '.join(shipped())} and the tasks {', '.join(tasks())}."
     )
 

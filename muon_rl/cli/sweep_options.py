@@ -85,7 +85,8 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--jobs", type=_positive, default=1, metavar="N",
                      help="trainings at a time (default 1)")  # fmt: skip
     how.add_argument("--threads", type=_positive, metavar="N",
-                     help="of each training (default: processors / jobs)")  # fmt: skip
+                     help="of each training (default: OMP_NUM_THREADS where it is set, else "
+                          "processors / jobs)")  # fmt: skip
     how.add_argument("--retries", type=_count, default=1, metavar="N",
                      help="how often a training that fails is run again (default 1)")  # fmt: skip
     how.add_argument("--launcher", choices=("local", "ray"), default="local",
@@ -199,6 +200,18 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def threads(options: argparse.Namespace) -> int:
+    """Return the threads of each training: as asked for, as the user's shell says, or a share.
+
+    Args:
+        options: of the sweep.
+    """
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if options.threads:
+        return int(options.threads)
+    return int(said) if said.isdecimal() and int(said) else max(1, processors() // options.jobs)
 
 
 def _assignment(word: str, option: str) -> tuple[str, str]:

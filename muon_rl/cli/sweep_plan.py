@@ -179,9 +179,9 @@ def _find(name: str, both_mean_recipe: bool) -> Path:
     if name in known:
         return known[name]
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     raise ConfigError(
-        f"sweep {name}: there is no such file, and no shipped recipe or sweep of this name; {hint}"
+        f"sweep {name}: there is no such file, and no shipped recipe or sweep of this name{hint} "
         f"Shipped are the recipes {', '.join(shipped)} and the sweeps {', '.join(sweeps)}."
     )
 

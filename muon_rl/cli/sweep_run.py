@@ -43,8 +43,7 @@ class SweepRun:
         quieten()
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         self.plan, self.options, self.command_line = plan, options, command_line
-        processors = sweep_options.processors()
-        self.threads = options.threads or max(1, processors // options.jobs)
+        self.threads = sweep_options.threads(options)
         self.seeds = options.seeds or [0]
         if options.search:
             _require("optuna", "--search", "search")
@@ -186,7 +185,7 @@ class SweepRun:
         done = f", {state.done} of them finished already" if state.done else ""
         print(
             f"Study {self.study.name}: {state.total} trainings{done}; {self.options.jobs} at a "
-            f"time with {self.threads} threads each. Logs are in {self.study.folder}/.",
+            f"time, threads of each: {self.threads}. Logs are in {self.study.folder}/.",
             flush=True,
         )
 

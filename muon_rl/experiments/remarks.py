@@ -38,7 +38,8 @@ def remarks_of(
         beside = []
         if baseline is not None and group.counted and group is not baseline:
             beside = [*_against(group, baseline)]
-        soft = [*_overlaps(index, rows, against_first=baseline is not None)]
+        soft = [*_same(group, options)]
+        soft += _overlaps(index, rows, against_first=baseline is not None)
         if options.thresholds:
             soft += _threshold(group, options)
         if group.seeds >= ENOUGH and (share := coverage(group.seeds)) and share < 0.95:
@@ -145,6 +146,12 @@ def _against(group: Group, baseline: Group) -> Iterator[str]:
         yield "no task in common with the baseline"
     if any(group.seed_names(task) != baseline.seed_names(task) for task in shared):
         yield "seeds differ from the baseline's"
+
+
+def _same(group: Group, options: Options) -> Iterator[str]:
+    scores = {one.final(options.last) for one in group.counted}
+    if len(group.counted) > 1 and len(scores) == 1:
+        yield f"all {len(group.counted)} runs end with the same score: do they differ at all?"
 
 
 def _overlaps(index: int, rows: Sequence[Row], against_first: bool) -> Iterator[str]:

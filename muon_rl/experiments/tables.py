@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 
 from muon_rl.experiments.comparison import Comparison
-from muon_rl.experiments.rows import COLUMNS, Row
+from muon_rl.experiments.rows import COLUMNS, EVERY_TASK, Row
 from muon_rl.experiments.statistics import COVERAGE
 
 Cells = list[list[str]]
@@ -97,6 +97,15 @@ def notes(comparison: Comparison) -> list[str]:
         "IQM: mean of the middle half of the runs. Area under curve: mean over the frames that all "
         "runs reached.",
     ]
+    if options.thresholds:
+        limits = [
+            f"{limit:g}" if task == EVERY_TASK else f"{limit:g} on {task}"
+            for task, limit in options.thresholds.items()
+        ]
+        said.append(
+            f"Threshold: {', '.join(limits)}. Frames and time are of the first evaluation that "
+            "reaches it, medians over the runs, empty unless most of them do."
+        )
     if options.baseline is not None:
         said.append(
             f"P(improvement): how probably a run scores above one of {options.baseline}, ties half."

@@ -162,6 +162,18 @@ def test_a_dry_run_prints_commands_that_fit_takes(workspace, capsys):
     assert not (workspace.folder / "sweeps").exists()
 
 
+@pytest.mark.parametrize(
+    ("said", "options", "threads"),
+    [("5", [], 5), ("5", ["--threads=3"], 3), ("", [], None), ("many", [], None)],
+)
+def test_threads_are_those_asked_for_or_the_shells(said, options, threads, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    main(["sweep", "ppo_snake_adam_small", "--dry-run", *options])
+    (command,) = [x for x in capsys.readouterr().out.splitlines() if "muon-rl fit" in x]
+    wanted = threads or sweep_options.processors()
+    assert command.startswith(f"OMP_NUM_THREADS={wanted} ")
+
+
 def test_a_missing_extra_is_named():
     """Optuna and Ray are taken away from a process of its own."""
     code = (

@@ -85,6 +85,23 @@ def test_a_threshold_that_half_of_the_seeds_reach_is_empty(store):
     assert "2 of 4 runs did not reach the threshold" in rows["half"]["remarks"]
 
 
+def test_the_threshold_itself_is_told(store, capsys):
+    store.group("muon", [1.0, 2, 3, 4, 5])
+    store.compare("--threshold=2.5")
+    assert "Threshold: 2.5." in capsys.readouterr().out
+    store.compare()
+    assert "Threshold" not in capsys.readouterr().out
+
+
+def test_runs_that_end_alike_are_remarked(store):
+    store.group("alike", [3.0] * 5)
+    store.group("other", [3.0, 3, 3, 3, 4])
+    store.group("single", [3.0])
+    remarks = {name: row["remarks"] for name, row in store.compare().items()}
+    assert "all 5 runs end with the same score: do they differ at all?" in remarks["alike"]
+    assert "same score" not in remarks["other"] + remarks["single"]
+
+
 def test_unequal_budgets_share_the_frames_of_the_shortest(store):
     store.run([1, 2, 3, 4, 50, 60], tags={"optimizer": "long"})
     store.run([5, 6, 7], tags={"optimizer": "short"})
