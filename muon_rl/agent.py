@@ -208,11 +208,8 @@ class Agent(L.LightningModule):
             }
             self._updates = []
         metrics = {f"train/{name}": value.item() for name, value in scalars.items()}
-        speed = self._clock.read(self.frames)
-        if speed is not None:
+        if speed := self._clock.read(self.frames, by_rollout=together):
             metrics |= {f"train/{name}": value for name, value in speed._asdict().items()}
-        elif together:  # collected before the clock ran: from here on, whole rounds
-            self._clock.start(self.frames)
         self.track(metrics | self.rates() | data.take_episode_metrics())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -64,16 +64,20 @@ class Clock:
         elif began is not None:
             self._step_seconds += time.perf_counter() - began
 
-    def read(self, frames: int) -> Speed | None:
+    def read(self, frames: int, *, by_rollout: bool = False) -> Speed | None:
         """Return what was measured since the last reading, and begin anew.
 
         Args:
             frames: so far.
+            by_rollout: whether readings follow whole rollouts. The first was collected before the
+                clock ran: the time of its updates alone is no round's, and is forgotten.
 
         Returns:
-            ``None`` where there were no frames since: then nothing begins anew.
+            ``None`` where there were no frames since.
         """
         if frames == self._frames:
+            if by_rollout:
+                self.start(frames)
             return None
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)

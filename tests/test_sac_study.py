@@ -51,8 +51,17 @@ def values(workspace, metric: str) -> list[float]:
 
 
 def points(sweep: str):
+    """Parametrize over the points of a sweep: every third is quick to have, the others are slow."""
     return pytest.mark.parametrize(
-        "point", SWEEPS[sweep].points, ids=lambda point: "-".join(map(str, point.values()))
+        "point",
+        [
+            pytest.param(
+                point,
+                id="-".join(map(str, point.values())),
+                marks=[pytest.mark.slow] if index % 3 else [],
+            )
+            for index, point in enumerate(SWEEPS[sweep].points)
+        ],
     )
 
 
