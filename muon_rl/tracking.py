@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
+from muon_rl.passwords import without_passwords
 from muon_rl.tags import PAUSES
 from muon_rl.turns import one_process_at_a_time
 
@@ -144,7 +145,8 @@ class MLflow(MLFlowLogger):
             params: names and values; a resumed run may have other values, which MLflow refuses.
         """
         known = self.experiment.get_run(self.run_id).data.params
-        new = [Param(name, str(v)[:6000]) for name, v in params.items() if name not in known]
+        texts = {name: without_passwords(str(value)) for name, value in params.items()}
+        new = [Param(name, text[:6000]) for name, text in texts.items() if name not in known]
         client = self.experiment
         with one_process_at_a_time(self._tracking_uri):
             for start in range(0, len(new), 100):  # MLflow takes 100 at a time

@@ -21,7 +21,7 @@ ROWS = [
     {"agent", "callbacks", "experiments"},
     {"data", "tracking"},
     {"envs", "modules", "objectives", "optim", "diagnostics"},
-    {"choices", "clock", "specs", "tags", "turns", "two_hot", "unroll"},
+    {"choices", "clock", "passwords", "specs", "tags", "turns", "two_hot", "unroll"},
 ]
 DROP_IN = {"optim", "objectives", "modules", "envs", *ROWS[-1]}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
+from muon_rl.cli.record import RunRecord
 from muon_rl.tracking import MLflow
 from muon_rl.turns import one_process_at_a_time
 
@@ -22,3 +24,18 @@ def test_a_writer_waits_for_its_turn_and_writes_all_in_order(workspace):
     assert workspace.history("a") == [(step, float(step)) for step in range(51)]
     (record,) = workspace.records
     assert record.info.status == "FINISHED"
+
+
+def test_what_is_recorded_holds_no_password(workspace):
+    logger = MLflow(experiment_name="study", run_name="run")
+    uri = "https://ada:s3:cr@t@host:80/a"
+    logger.log_hyperparams({"store": uri, "plain": "sqlite:///mlflow.db", "mail": "ada@host"})
+    RunRecord(f"store: {uri}\nother: [{uri}]\n")._log_files(logger, "table")
+    logger.finalize("success")
+    (record,) = workspace.records
+    hidden = "https://ada:***@host:80/a"
+    assert record.data.params == {
+        "store": hidden, "plain": "sqlite:///mlflow.db", "mail": "ada@host"
+    }  # fmt: skip
+    path = workspace.client.download_artifacts(record.info.run_id, "config.yaml")
+    assert Path(path).read_text() == f"store: {hidden}\nother: [{hidden}]\n"

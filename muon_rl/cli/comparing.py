@@ -8,7 +8,6 @@ from argparse import Namespace
 from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 from mlflow.exceptions import MlflowException
 
@@ -20,6 +19,7 @@ from muon_rl.experiments import plots, report, tables
 from muon_rl.experiments.comparison import Comparison, Options, compare
 from muon_rl.experiments.log import log
 from muon_rl.experiments.runs import ComparisonError, find_experiments, find_runs, open_store
+from muon_rl.passwords import without_passwords
 from muon_rl.turns import one_process_at_a_time
 
 
@@ -100,15 +100,14 @@ def facts_of(given: Namespace, comparison: Comparison, experiments: list[str]) -
         comparison: that was made.
         experiments: the names of those that were read.
     """
-    uri = without_password(given.tracking_uri)
     options = comparison.options
     now = datetime.now(timezone.utc)
     return {
-        "command": given.command.replace(given.tracking_uri, uri),
+        "command": without_passwords(given.command),
         "date": f"{now:%Y-%m-%d %H:%M} UTC",
         "commit": git_commit().get("git_commit", "not in a git repository"),
         "version": f"muon_rl {__version__}",
-        "tracking URI": uri,
+        "tracking URI": without_passwords(given.tracking_uri),
         "experiments": ", ".join(experiments),
         "metric": options.metric,
         "grouped by": ", ".join(options.group_by),
@@ -117,20 +116,3 @@ def facts_of(given: Namespace, comparison: Comparison, experiments: list[str]) -
         "resamples": f"{options.resamples:,}",
         "seed of the bootstrap": str(options.seed),
     }
-
-
-def without_password(uri: str) -> str:
-    """Return an address with the password left out.
-
-    Args:
-        uri: of a store.
-
-    Example:
-        >>> without_password("postgresql://me:secret@host/runs")
-        'postgresql://me@host/runs'
-    """
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    user, _, host = parts.netloc.rpartition("@")
-    return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}@{host}"))

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from muon_rl import __version__
 from muon_rl.cli.commit import git_commit
+from muon_rl.passwords import without_passwords
 from muon_rl.tracking import MLflow
 
 PACKAGES = (
@@ -61,7 +62,7 @@ class RunRecord(Callback):
         suffix = "" if self.resumed_from is None else f"_resumed_at_{self.resumed_from}"
         with tempfile.TemporaryDirectory() as folder:
             for name, text in (
-                (f"config{suffix}.yaml", self.config),
+                (f"config{suffix}.yaml", without_passwords(self.config)),
                 (f"versions{suffix}.yaml", yaml.safe_dump(versions())),
                 (f"optimizer{suffix}.txt", optimizer),
             ):

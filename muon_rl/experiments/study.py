@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
 from muon_rl.experiments.jobs import Job, Point
+from muon_rl.passwords import without_passwords
 from muon_rl.turns import one_process_at_a_time
 
 PARENT = "mlflow.parentRunId"
@@ -84,8 +85,8 @@ class Study:
             )
         tags = {
             KIND: "sweep",
-            "muon_rl.command": command[:5000],
-            "muon_rl.spec": json.dumps(spec),
+            "muon_rl.command": without_passwords(command)[:5000],
+            "muon_rl.spec": without_passwords(json.dumps(spec)),
             "muon_rl.folder": str(self.folder.resolve()),
         }
         found = self._search(f"tags.`{KIND}` = 'sweep'")

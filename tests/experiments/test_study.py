@@ -98,6 +98,17 @@ def test_a_task_whose_file_has_changed_is_refused_and_new_tasks_are_taken(study,
         new(workspace).open(SPEC, "muon-rl sweep", {"walk": "walk 2"})
 
 
+def test_the_store_is_told_no_password(study, workspace):
+    uri = "http://ada:secret@host"
+    made = Study("other", study.client.tracking_uri, workspace.folder / "sweeps" / "other")
+    for command in ("first", "again"):  # the same study both times
+        made.open({"options of fit": [f"--trainer.logger.tracking_uri={uri}"]}, f"{command} {uri}")
+    tags = made.client.get_run(made.parent_id).data.tags
+    assert tags["muon_rl.command"] == "again http://ada:***@host"
+    assert "http://ada:***@host" in tags["muon_rl.spec"]
+    assert "secret" not in "".join(tags.values())
+
+
 def test_another_spec_under_the_name_is_refused(study, workspace):
     with pytest.raises(StudyDiffers, match=r"=9 before, --data.total_frames=8 now\n.*--name"):
         new(workspace).open({"options of fit": ["--data.total_frames=8"]}, "muon-rl sweep")
