@@ -63,9 +63,9 @@ def planes(
     shown = value / scale[feature.clamp(max=features - 1)]
     shown = torch.where(named, torch.ones_like(shown), shown).masked_fill(~told, 0)
     cell = ((plane * height + row) * width + column).masked_fill(~told, 0)
-    shape = (features + tags, height, width)
-    seen = torch.zeros(*place.shape[:-1], features + tags, height, width, device=tokens.device)
-    return seen.flatten(-3).scatter_add_(-1, cell, shown).unflatten(-1, shape)
+    channels = features + tags
+    seen = torch.zeros(*place.shape[:-1], channels * height * width, device=tokens.device)
+    return seen.scatter_add_(-1, cell, shown).unflatten(-1, (channels, height, width))
 
 
 class Arena(EnvFactory):
