@@ -90,6 +90,18 @@ class MLflow(MLFlowLogger):
         # A number or a list is a tag as well; MLflow stores text.
         mine.tags = {**tags, **{name: str(tag) for name, tag in (mine.tags or {}).items()}}
 
+    def is_unfinished(self, run_id: str | None) -> bool:
+        """Return whether this store has a run that was stopped, broke or was lost.
+
+        Args:
+            run_id: of the run, if there was one.
+        """
+        try:
+            run = run_id and self._mlflow_client.get_run(run_id)
+        except MlflowException:
+            return False
+        return bool(run) and run.info.status != "FINISHED"
+
     def resume(self, run_id: str) -> None:
         """Go on with a run: mark it as running, note the pause and each metric's last frame.
 

@@ -236,6 +236,8 @@ class Muesli(Agent):
                 q_network,
                 advantage_clip_min=-advantage_clip,
                 advantage_clip_max=advantage_clip,
+                # Only the state after a window's last step would need it, at half of CMPO's cost.
+                next_targets=False,
                 **chosen("cmpo", kl_coef=kl_coef),
             )
             targets.append(SoftUpdate(losses["cmpo"], tau=tau))

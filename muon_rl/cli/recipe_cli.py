@@ -205,12 +205,6 @@ class RecipeCLI(LightningCLI):
             # Lightning keeps a data module's state under its class's name.
             state = self.checkpoint.get(type(self.datamodule).__qualname__, {})
             self.datamodule.check_contents(state.get("contents", {}))
-        frames = self.checkpoint["muon_rl"]["frames"]
-        if self.subcommand == "fit" and frames >= self.datamodule.total_frames:
-            raise ConfigError(
-                f"{path} has all of its {frames:,} frames already: raise --data.total_frames "
-                f"(now {self.datamodule.total_frames:,}) to train further."
-            )
 
     @cached_property
     def _config_text(self) -> str:
@@ -240,6 +234,7 @@ class RecipeCLI(LightningCLI):
         # Absolute: Lightning forgets the best checkpoint where the folder is written otherwise.
         self.checkpoints.dirpath = str(folder.resolve())
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, MLflow)]
+        self._require_something_left(loggers)
         for logger in loggers:
             self._begin(logger)
         self.checkpoint = None  # Lightning reads it again
@@ -263,6 +258,19 @@ class RecipeCLI(LightningCLI):
         print(f"mean of {self.datamodule.eval_episodes} episodes on {self.env.task}:")
         for name, value in sorted(self.trainer.callback_metrics.items()):
             print(f"  {name:<12} {float(value):.1f}")
+
+    def _require_something_left(self, loggers: list[MLflow]) -> None:
+        """Raise if the checkpoint is of a run that has ended, with nothing left to train."""
+        if self.checkpoint is None:
+            return
+        run = self.checkpoint["muon_rl"]
+        updates = self.checkpoint[type(self.datamodule).__qualname__]["updates"]
+        stopped = any(logger.is_unfinished(run["mlflow_run_id"]) for logger in loggers)
+        if updates >= self.datamodule.total_updates and not stopped:
+            raise ConfigError(
+                f"{self.checkpoint_path} has all of its {run['frames']:,} frames already: raise "
+                f"--data.total_frames (now {self.datamodule.total_frames:,}) to train further."
+            )
 
     def _folder(self) -> Path:
         """Return the run's folder: the resumed one's if it lies among ours, else a new one."""

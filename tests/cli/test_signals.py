@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from muon_rl.agent import Agent
 from muon_rl.cli import main
 
 PROGRAM = [sys.executable, "-c", "from muon_rl.cli import main; main()", "fit"]
@@ -82,3 +83,33 @@ def test_a_second_ctrl_c_stops_at_once(workspace):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert workspace.records[0].info.status == "KILLED"
+
+
+@pytest.mark.parametrize("episode", [0, 1])  # ends it there; after the last, all has been done
+def test_a_run_stopped_in_its_last_evaluation_goes_on_with_it(episode, workspace, monkeypatch):
+    with monkeypatch.context() as patch:
+        step = Agent.validation_step
+
+        def step_and_stop(agent, episode_steps, batch_idx, *rest):
+            step(agent, episode_steps, batch_idx, *rest)
+            if batch_idx == episode:
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(Agent, "validation_step", step_and_stop)
+        with pytest.raises(SystemExit, match="143"):
+            workspace.fit("--data.total_frames=200")
+    saved = torch.load(workspace.checkpoint(), weights_only=True)
+    assert saved["muon_rl"]["frames"] == 200
+    assert saved["SACData"]["evaluated_frames"] == (120, 200)[episode]
+    assert [frame for frame, _ in workspace.history("eval/return")] == [200] * episode
+
+    workspace.fit("--data.total_frames=200", "--ckpt_path=last")
+    (record,) = workspace.records
+    assert record.info.status == "FINISHED"
+    assert [frame for frame, _ in workspace.history("eval/return")] == [200]
+    ended = torch.load(workspace.checkpoint(), weights_only=True)
+    assert ended["SACData"]["evaluated_frames"] == 200
+    # Nothing was trained further.
+    torch.testing.assert_close(ended["state_dict"], saved["state_dict"], rtol=0, atol=0)
+    with pytest.raises(SystemExit, match="2"):
+        workspace.fit("--data.total_frames=200", "--ckpt_path=last")
