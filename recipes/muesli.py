@@ -236,7 +236,6 @@ class Muesli(Agent):
                 q_network,
                 advantage_clip_min=-advantage_clip,
                 advantage_clip_max=advantage_clip,
-                # Only the state after a window's last step would need it, at half of CMPO's cost.
                 next_targets=False,
                 **chosen("cmpo", kl_coef=kl_coef),
             )
@@ -252,6 +251,8 @@ class Muesli(Agent):
                 policy,
                 policy_target=model_policy,
                 own_unroll=not dynamics,
+                # CMPO would value twice the states for the one that follows a window.
+                next_targets=False,
                 **chosen(
                     "muesli_model",
                     policy_pred_coef=policy_pred_coef,

@@ -75,6 +75,8 @@ class MuesliModelLoss(UnrollLoss):
             those it has.
         divergence: ``"kl"`` or ``"cross_entropy"``, which has the same gradient; discrete only.
         num_samples: N with ``policy_target="current"``, continuous only.
+        next_targets: whether to read CMPO's policies under ``"next"``; ``False`` leaves the state
+            after a sequence breaks off without a target, and CMPOLoss need not value it.
         dynamics_grad_scale: as of DynamicsLoss.
         scalar_loss: as of DynamicsLoss.
         use_target_network: as of DynamicsLoss.
@@ -139,6 +141,7 @@ class MuesliModelLoss(UnrollLoss):
         policy_horizon: int | None = None,
         divergence: str = "kl",
         num_samples: int = 16,
+        next_targets: bool = True,
         dynamics_grad_scale: float = 0.5,
         scalar_loss: str | None = None,
         use_target_network: bool = True,
@@ -160,6 +163,7 @@ class MuesliModelLoss(UnrollLoss):
             raise ValueError(f"num_samples must be at least 1, but is {num_samples}.")
         self.policy_target, self.divergence = policy_target, divergence
         self.num_samples, self.own_unroll = num_samples, own_unroll
+        self.next_targets = next_targets
         if own_unroll is False:
             self.out_keys = self._returned(unrolls=False)
         for name, given in (
@@ -193,7 +197,8 @@ class MuesliModelLoss(UnrollLoss):
             keys += [*self._unroll_keys, names.unroll_mask]
         if current:
             return keys
-        return [*keys, *self._target_keys, *map(next_key, self._target_keys)]
+        ahead = map(next_key, self._target_keys) if self.next_targets else ()
+        return [*keys, *self._target_keys, *ahead]
 
     def _returned(self, *, unrolls: bool) -> list[NestedKey]:
         return [key for key in self.out_keys if unrolls or "policy" in key or "model" in key]
@@ -281,6 +286,8 @@ class MuesliModelLoss(UnrollLoss):
             now = self._current(slices, following=False)
             return now, self._current(slices, following=True) if slices.next_observed else None
         now = [required(tensordict, key, CMPO).detach() for key in self._target_keys]
+        if not self.next_targets:
+            return now, None
         nexts = [tensordict.get(next_key(key), None) for key in self._target_keys]
         found = [x.detach() for x in nexts if x is not None]
         return now, found if len(found) == len(nexts) else None

@@ -78,7 +78,7 @@ def _check_outside(
             for other in (other for other in others if now in others[other]):
                 raise ValueError(
                     f"{name!r} reads {key!r}, but {other!r} ({_kind(on[other])}) writes {now!r} "
-                    f"alone: build {other} with next_targets=True."
+                    f"alone: build {other} with next_targets=True, or what reads it with False."
                 )
         alike = (
             f" {other!r} writes {their!r}: if that is it, rename one by set_keys()."

@@ -221,6 +221,17 @@ def test_the_order_is_that_of_their_keys(kind):
     message = r"reads \('next', 'cmpo', .*'cmpo' \(CMPOLoss\).*build cmpo with next_targets=True"
     with pytest.raises(ValueError, match=message):
         LossSequence(losses)
+    # Neither writes nor reads them: the state after the last step has no target, as if unobserved.
+    losses["muesli_model"].next_targets = False
+    sequence, data = LossSequence(losses), data_of(kind, 2, 5)
+    keys = [key for key in sequence.in_keys if key[0] == "next" and key[1] == "cmpo"]
+    assert not keys
+    found = sequence(data)["loss_muesli_policy"]
+    assert ("next", "cmpo") not in data.keys(include_nested=True)
+    losses["muesli_model"].next_targets = True
+    assert_close(losses["muesli_model"](data)["loss_muesli_policy"], found)
+    losses["cmpo"].next_targets = True
+    assert not torch.isclose(LossSequence(losses)(data)["loss_muesli_policy"], found)
 
 
 @pytest.mark.parametrize("kind", ["categorical", "box"])
