@@ -96,11 +96,12 @@ class MLflow(MLFlowLogger):
         Args:
             run_id: of the run, if there was one.
         """
+        if run_id is None:
+            return False
         try:
-            run = run_id and self._mlflow_client.get_run(run_id)
+            return self._mlflow_client.get_run(run_id).info.status != "FINISHED"
         except MlflowException:
             return False
-        return bool(run) and run.info.status != "FINISHED"
 
     def resume(self, run_id: str) -> None:
         """Go on with a run: mark it as running, note the pause and each metric's last frame.

@@ -53,13 +53,21 @@ class EnvFactory(ABC):
             seed: of its first episode and, through it, of all that follow; ``None`` leaves the
                 environment's own.
         """
-        env = self.build()
+        env = self.count(self.build())
+        if seed is not None:
+            env.set_seed(seed)
+        return env
+
+    def count(self, env: EnvBase) -> EnvBase:
+        """Return an environment with counters of an episode's steps and rewards.
+
+        Args:
+            env: of :meth:`build`, or several of them as one.
+        """
         if not isinstance(env, TransformedEnv):
             env = TransformedEnv(env)
         env.append_transform(StepCounter())
         env.append_transform(RewardSum(["reward"], ["episode_return"]))
-        if seed is not None:
-            env.set_seed(seed)
         return env
 
     def make_for_evaluation(self, episodes: int) -> EnvBase:

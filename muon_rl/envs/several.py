@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torchrl.envs import EnvBase, ParallelEnv, SerialEnv
+from torchrl.envs import EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 
 from muon_rl.envs.base import EnvFactory
 
@@ -52,10 +52,11 @@ def make_several(
     if number == 1 and not processes:
         return factory.make(seed=seed)
     if processes:
-        make = partial(_make_in_worker, factory)
+        make = partial(_build_in_worker, factory)
         env: EnvBase = _Parallel(number, make, num_threads=torch.get_num_threads())
     else:
-        env = _Serial(number, factory.make)
+        env = _Serial(number, factory.build)
+    env = factory.count(env)  # once for all: a transform of each takes longer than a small world
     if seed is not None:
         env.set_seed(seed)
     return env
@@ -72,11 +73,12 @@ def states_of(factory: EnvFactory, env: EnvBase) -> Any:
         What :func:`load_states` takes, or ``None`` where it cannot be told: a simulator that does
         not say, or one in another process.
     """
-    if isinstance(env, ParallelEnv):
+    several = _several(env)
+    if isinstance(several, ParallelEnv):
         return None
-    if not isinstance(env, SerialEnv):
+    if not isinstance(several, SerialEnv):
         return factory.env_state(env)
-    states = [factory.env_state(one) for one in env._envs]
+    states = [factory.env_state(one) for one in several._envs]
     return None if None in states else states
 
 
@@ -88,14 +90,20 @@ def load_states(factory: EnvFactory, env: EnvBase, states: Any) -> None:
         env: of :func:`make_several`, of as many environments.
         states: of :func:`states_of`.
     """
-    if not isinstance(env, SerialEnv):
+    several = _several(env)
+    if not isinstance(several, SerialEnv):
         factory.load_env_state(env, states)
         return
-    for one, state in zip(env._envs, states, strict=True):
+    for one, state in zip(several._envs, states, strict=True):
         factory.load_env_state(one, state)
 
 
-def _make_in_worker(factory: EnvFactory) -> EnvBase:
-    """Make an environment in a worker, which leaves Ctrl-C to the process that trains."""
+def _several(env: EnvBase) -> EnvBase:
+    """Return what lies below the counters."""
+    return env.base_env if isinstance(env, TransformedEnv) else env
+
+
+def _build_in_worker(factory: EnvFactory) -> EnvBase:
+    """Build an environment in a worker, which leaves Ctrl-C to the process that trains."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return factory.make()
+    return factory.build()

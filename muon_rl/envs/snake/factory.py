@@ -85,15 +85,8 @@ class Snake(EnvFactory):
         """Make the environment; it counts by itself."""
         return SnakeEnv(self.num_envs, **self._options, episode_return=True)
 
-    def make(self, seed: int | None = None) -> SnakeEnv:
-        """Make an environment.
-
-        Args:
-            seed: of all its games; ``None`` draws one from torch's generator.
-        """
-        env = self.build()
-        if seed is not None:
-            env.set_seed(seed)
+    def count(self, env: EnvBase) -> EnvBase:
+        """Return the environment as it is: it counts by itself."""
         return env
 
     def make_for_evaluation(self, episodes: int) -> SnakeEnv:
