@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,18 +81,28 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory) -> Path:
+    """A sqlite file with MLflow's tables, which take seconds to make, and no runs."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def workspace(tmp_path, monkeypatch) -> Run:
-    """A new working folder."""
+def workspace(tmp_path, monkeypatch, empty_store) -> Run:
+    """A new working folder, with an empty store."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     return Run(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Run:
+def trained(tmp_path_factory, empty_store) -> Run:
     """A fit of 400 frames on cheetah-run, with evaluations at 200 and 400."""
     folder = tmp_path_factory.mktemp("trained")
+    shutil.copy(empty_store, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)

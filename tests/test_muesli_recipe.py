@@ -115,4 +115,4 @@ def test_a_mistake_is_told_in_a_line(options, message, workspace, capsys):
     text = capsys.readouterr().err
     assert message in text
     assert len(text.strip().splitlines()) == 1
-    assert not (workspace.folder / "mlflow.db").exists()
+    assert not workspace.records

@@ -108,7 +108,7 @@ def test_validate_repeats_the_last_evaluation(trained, workspace, capsys):
           f"--ckpt_path={trained.checkpoint()}"])  # fmt: skip
     expected = trained.history("eval/return")[-1][1]
     assert f"eval/return  {expected:.1f}" in capsys.readouterr().out
-    assert not list(workspace.folder.glob("mlflow.db"))  # a look is no run
+    assert not workspace.records  # a look is no run
 
 
 def test_a_resumed_run_equals_one_that_was_never_stopped(trained, workspace, capsys):
@@ -164,7 +164,7 @@ def test_the_optimizer_of_one_network_is_set_from_the_command_line(case, workspa
 def test_without_a_logger_nothing_is_tracked_but_checkpoints_are(workspace):
     workspace.fit("--data.total_frames=140", "--trainer.logger=false")
     assert workspace.checkpoint().is_file()
-    assert not (workspace.folder / "mlflow.db").exists()
+    assert not workspace.records
 
 
 def test_another_logger_gets_the_same_metrics(workspace):
@@ -180,7 +180,7 @@ def test_the_tracking_uri_of_the_environment_is_honoured(workspace, monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace.folder}/elsewhere.db")
     workspace.fit("--data.total_frames=140")
     assert (workspace.folder / "elsewhere.db").is_file()
-    assert not (workspace.folder / "mlflow.db").exists()
+    assert not workspace.records
 
 
 def test_the_summary_says_where_everything_is(workspace, capsys):
@@ -192,6 +192,7 @@ def test_the_summary_says_where_everything_is(workspace, capsys):
 
 
 def test_runs_that_start_together_share_a_new_store(workspace):
+    (workspace.folder / "mlflow.db").unlink()
     program = [sys.executable, "-c", "from muon_rl.cli import main; main()", "fit"]
     command = [*program, *workspace.options, "--data.total_frames=120", "--data.eval_episodes=1"]
     both = [

@@ -1,4 +1,4 @@
-"""A tracking store for each test: MLflow takes seconds to make its tables, so they are copied."""
+"""A tracking store for each test."""
 
 from __future__ import annotations
 
@@ -9,18 +9,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 from plain_store import Store, free_port
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory) -> Path:
-    """A sqlite file with MLflow's tables and its default experiment."""
-    store = Store(tmp_path_factory.mktemp("empty"))
-    store.client.search_experiments()
-    return store.folder / "mlflow.db"
 
 
 @pytest.fixture

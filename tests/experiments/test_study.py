@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mlflow import MlflowClient
 
 from muon_rl.experiments import read_ranges
 from muon_rl.experiments.jobs import Job, Point, jobs_of
@@ -27,17 +25,8 @@ A, B = Point.of({"lr": 0.1}), Point.of({"lr": 0.2}, task="walk")
 SPEC = {"options of fit": ["--data.total_frames=9"]}
 
 
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory) -> Path:
-    """A store with its tables, which take seconds to make."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def study(workspace, tables) -> Study:
-    shutil.copy(tables, workspace.folder / "mlflow.db")
+def study(workspace) -> Study:
     made = new(workspace)
     made.open(SPEC, "muon-rl sweep")
     return made
