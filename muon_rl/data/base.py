@@ -16,6 +16,7 @@ from torchrl.envs import EnvBase
 
 from muon_rl.data import random_state
 from muon_rl.data.evaluation import EvaluationEpisodes
+from muon_rl.data.stream import Stream
 from muon_rl.envs import EnvFactory, load_states, make_several, states_of
 
 
@@ -292,28 +293,6 @@ class AgentData(L.LightningDataModule, ABC):
         if self._random_state is not None:
             random_state.set(self._random_state)
             self._random_state = None
-
-
-class Stream:
-    """The batches of a run that are left, with a length: Lightning then fetches none ahead.
-
-    A run that was stopped in its last evaluation has none left; it gets one that is ``None``, which
-    trains nothing and is followed by that evaluation.
-
-    Args:
-        data: whose batches they are.
-    """
-
-    def __init__(self, data: AgentData) -> None:
-        self.data = data
-        self._length = max(1, data.total_updates - data.updates)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[TensorDictBase | None]:
-        self.data.restore_random_state()
-        return self.data.batches() if self.data.updates < self.data.total_updates else iter([None])
 
 
 def require_positive(**numbers: float) -> None:
