@@ -139,6 +139,11 @@ class Muesli(Agent):
         unroll_steps: agent steps that the model is unrolled, >= 1.
         policy_horizon: first of these whose policy is predicted, 1 to ``unroll_steps``.
         advantage_clip: largest exponent of CMPO, > 0: the policy is moved by at most tanh(c/2).
+        value_target: what the critic learns where ``policy_gradient`` is retrace: action_value, the
+            return of the action taken (Muesli's), or state_value, which corrects that action too,
+            so that old data of a worse policy do not lower the values.
+        max_importance_ratio: what retrace's ratio of new to old probability is cut down to, > 0;
+            null leaves it as it is.
         clip: how far PPO's ratio of new to old probability may be from 1, > 0.
         entropy_coef: weight of PPO's entropy bonus, in units of advantage per nat.
         value_coef: weight of the critic's loss.
@@ -167,6 +172,8 @@ class Muesli(Agent):
         unroll_steps: int | None = None,
         policy_horizon: int | None = None,
         advantage_clip: float = 1.0,
+        value_target: Literal["action_value", "state_value"] = "action_value",
+        max_importance_ratio: float | None = None,
         clip: float = 0.2,
         entropy_coef: float = 0.01,
         value_coef: float = 0.25,
@@ -219,8 +226,10 @@ class Muesli(Agent):
             ppo.make_value_estimator(ValueEstimators.GAE, gamma=gamma, lmbda=lmbda)
             losses["policy"] = ppo
         else:
-            retrace = MuesliPolicyLoss(policy, value_pred_coef=value_coef)
-            retrace.make_value_estimator(gamma=gamma, lmbda=lmbda)
+            retrace = MuesliPolicyLoss(
+                policy, value_pred_coef=value_coef, max_importance_ratio=max_importance_ratio
+            )
+            retrace.make_value_estimator(gamma=gamma, lmbda=lmbda, target=value_target)
             losses["policy"] = retrace
             targets.append(SoftUpdate(retrace, tau=tau))
         # -- the better policy that it stays near

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from muon_rl.cli import main, recipes
+from muon_rl.cli.recipe_cli import RecipeCLI
 from muon_rl.experiments import read_sweep
 
 PROTOCOL = read_sweep(recipes.sweeps()["muesli_protocol"])
@@ -95,9 +96,21 @@ def test_presets_and_what_is_given_in_their_place(workspace):
     assert loss["loss.losses.dynamics.returns_pred_coef"].item() == 1.0
 
 
+def test_what_retrace_and_its_loss_are_given(workspace):
+    config = recipes.find("muesli_cartpole")
+    options = ["--model.value_target=state_value", "--model.max_importance_ratio=2"]
+    policy = RecipeCLI(["fit", f"--config={config}", *options]).model.loss.losses["policy"]
+    assert policy.value_estimator.target == "state_value"
+    assert policy.max_importance_ratio == 2.0
+    policy = RecipeCLI(["fit", f"--config={config}"]).model.loss.losses["policy"]
+    assert policy.value_estimator.target == "action_value"
+    assert policy.max_importance_ratio is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--model.max_importance_ratio=0"], "max_importance_ratio must be above 0"),
         (["--model.action_values=none"], "model.model_policy=cmpo needs CMPO"),
         (["--model.gamma=1.5"], "model.gamma must be in"),
         (["--model.tau=0"], "model.tau must be in"),
