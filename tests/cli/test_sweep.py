@@ -21,10 +21,10 @@ TINY = (
     "--data.eval_every=64", "--data.eval_episodes=2", "--model.policy.d_model=16",
     "--model.policy.num_layers=1", "--trainer.log_every_n_steps=1", "--name=study",
 )  # fmt: skip
-ROLLOUTS = list(range(64, 1281, 64))
+ROLLOUTS = list(range(64, 641, 64))
 GRID = (
     *TINY, "--grid", "model.clip=0.1,0.2", "model.optimizer.{trunk,actor,critic}.lr=1e-3,1e-4",
-    "--seeds", "0:2", "--jobs", "4", "--data.total_frames=1280", "--tag", "tuning_trials=10",
+    "--seeds", "0:2", "--jobs", "4", "--data.total_frames=640", "--tag", "tuning_trials=10",
 )  # fmt: skip
 
 

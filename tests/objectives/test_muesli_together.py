@@ -232,6 +232,8 @@ def test_the_order_is_that_of_their_keys(kind):
     assert_close(losses["muesli_model"](data)["loss_muesli_policy"], found)
     losses["cmpo"].next_targets = True
     assert not torch.isclose(LossSequence(losses)(data)["loss_muesli_policy"], found)
+    losses["muesli_model"].next_targets = False  # they are there, and left alone
+    assert_close(losses["muesli_model"](data)["loss_muesli_policy"], found)
 
 
 @pytest.mark.parametrize("kind", ["categorical", "box"])
