@@ -98,15 +98,15 @@ class ActorCriticLoss(LossModule):
     def _make_vmap(self) -> None:
         """Do nothing: the estimator alone runs networks under vmap, and has a way of its own."""
 
-    def _policy(self, data: TensorDictBase) -> Distribution:
+    def _policy(self, data: TensorDictBase) -> tuple[Distribution, TensorDictBase]:
+        """Return the policy, and what the actor read and wrote on the way to it."""
+        seen = data.select(*self.actor_network.in_keys, strict=False)
         # A network that samples on the way is to do so, though TorchRL's losses forbid it.
         with (
             set_exploration_type(ExplorationType.RANDOM),
             self.actor_network_params.to_module(self.actor_network, preserve_module_state=False),
         ):
-            return self.actor_network.get_dist(
-                data.select(*self.actor_network.in_keys, strict=False)
-            )
+            return self.actor_network.get_dist(seen), seen
 
     def _mask(self, data: TensorDictBase, like: Tensor) -> Tensor | None:
         """Return which steps count, and tell it to Retrace: no trace runs into those that do not.

@@ -141,6 +141,7 @@ class MuesliPolicyLoss(ActorCriticLoss):
             if bound is not None and not bound > 0:
                 raise ValueError(f"{name} must be above 0, but is {bound}.")
         critic = own_critic(actor_network) if critic_network is None else critic_network
+        self._own_critic = critic_network is None  # then one pass gives the policy and the value
         self.convert_to_functional(actor_network, "actor_network")
         # No compare_against, as in CMPOLoss: what both share is listed under the actor alone.
         if critic is None:
@@ -192,7 +193,7 @@ class MuesliPolicyLoss(ActorCriticLoss):
         """Return the losses and their metrics."""
         keys = self.tensor_keys
         data = without_padding(self, tensordict.clone(recurse=False), tensordict.keys())
-        policy = self._policy(data)
+        policy, seen = self._policy(data)
         log_prob = log_prob_of(policy, data, keys.action)
         behaviour = summed_log_prob(required(data, keys.sample_log_prob, COLLECT)).detach()
         log_ratio = log_prob - per_step(behaviour, log_prob)
@@ -221,14 +222,15 @@ class MuesliPolicyLoss(ActorCriticLoss):
         }
         if self.critic_network is not None and target is not None:
             target = per_step(target, log_prob).detach()
-            value, loss = self._value(data, target)
+            if not (self._own_critic and keys.value in seen):
+                seen = self._critic(data, self.critic_network_params)
+            value, loss = self._value(seen, target)
             out["loss_value"] = reduced(self, data, self.value_pred_coef * loss)
             out["explained_variance"] = explained_variance(value, target, here)
         return TensorDict(out, [])
 
-    def _value(self, data: TensorDictBase, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the critic's value and its loss, ``(*batch,)``."""
-        seen = self._critic(data, self.critic_network_params)
+    def _value(self, seen: TensorDictBase, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the critic's value and its loss, ``(*batch,)``, of what it wrote."""
         value = per_step(seen.get(self.tensor_keys.value), target)
         logits = seen.get(self.tensor_keys.value_logits, None)
         if self.scalar_loss == "mse" or logits is None:

@@ -408,3 +408,30 @@ def test_what_is_missing_is_named():
         contract.make()(contract.data(3).exclude("action_log_prob"))
     with pytest.raises(NotImplementedError, match="VTrace"):
         contract.make().make_value_estimator(ValueEstimators.VTrace)
+
+
+def test_an_actor_that_values_states_by_itself_is_run_once(monkeypatch):
+    torch.manual_seed(0)
+    policy = MuesliPolicy(WorldModel(Specs(Unbounded(4), Categorical(3)), **SMALL))
+    critic = policy.module[0]
+    data = policy(TensorDict(observation=torch.randn(5, 4), batch_size=[5])).detach()
+    data = data.select("observation", "action", "action_log_prob")
+    data["advantage"], data["value_target"] = torch.randn(5, 1), torch.randn(5, 1)
+    runs, forward = [], type(critic).forward
+
+    def counted(self, *args, **kwargs):
+        runs.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(critic), "forward", counted)
+    found = []
+    for given, expected in ((None, 1), (critic, 2)):
+        loss = MuesliPolicyLoss(policy, given)
+        runs.clear()
+        out = loss(data.clone())
+        assert len(runs) == expected
+        policy.zero_grad()
+        (out["loss_policy"] + out["loss_value"]).backward()
+        grads = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+        found.append((out["loss_policy"], out["loss_value"], out["explained_variance"], grads))
+    assert_close(*found)
