@@ -432,6 +432,8 @@ def test_an_actor_that_values_states_by_itself_is_run_once(monkeypatch):
         assert len(runs) == expected
         policy.zero_grad()
         (out["loss_policy"] + out["loss_value"]).backward()
-        grads = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+        grads = {
+            name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None
+        }
         found.append((out["loss_policy"], out["loss_value"], out["explained_variance"], grads))
     assert_close(*found)
