@@ -123,9 +123,10 @@ def test_what_retrace_and_its_loss_are_given(workspace):
     ],
 )
 def test_a_mistake_is_told_in_a_line(options, message, workspace, capsys):
+    (workspace.folder / "mlflow.db").unlink()
     with pytest.raises(SystemExit):
         main(["fit", "--config=muesli_cartpole", *options])
     text = capsys.readouterr().err
     assert message in text
     assert len(text.strip().splitlines()) == 1
-    assert not workspace.records
+    assert not (workspace.folder / "mlflow.db").exists()

@@ -230,11 +230,11 @@ class RecipeCLI(LightningCLI):
 
     def _fit(self) -> None:
         ckpt_path = None if self.checkpoint_path is None else str(self.checkpoint_path)
+        loggers = [logger for logger in self.trainer.loggers if isinstance(logger, MLflow)]
+        self._require_something_left(loggers)
         folder = self._folder()
         # Absolute: Lightning forgets the best checkpoint where the folder is written otherwise.
         self.checkpoints.dirpath = str(folder.resolve())
-        loggers = [logger for logger in self.trainer.loggers if isinstance(logger, MLflow)]
-        self._require_something_left(loggers)
         for logger in loggers:
             self._begin(logger)
         self.checkpoint = None  # Lightning reads it again
