@@ -25,6 +25,7 @@ examples:
   muon-rl compare cheetah-run --group-by optimizer data.batch_size --threshold 800
   muon-rl compare cheetah-run walker-walk --group-by optimizer --normalize 0:1000
   muon-rl compare cheetah-run --filter "tags.sweep = 'sac_momentum'" --last 3
+  muon-rl compare cheetah-run --until 100_000        # who learns faster: at a smaller budget
   muon-rl compare snake --metric eval/score --tracking-uri http://localhost:5000
 
 It writes summary.csv, summary.md, summary.tex, report.html, curves.png, curves.svg, aggregate.png
@@ -89,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         metavar="K",
         help="evaluations at a run's end that count as its final score (default: 1)",
+    )
+    add(
+        "--until",
+        type=_positive,
+        metavar="FRAMES",
+        help="what runs did at a smaller budget: evaluations after this frame are left out",
     )
     add(
         "--normalize",

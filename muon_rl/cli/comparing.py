@@ -40,6 +40,7 @@ def run(given: Namespace) -> None:
         thresholds=thresholds(given.threshold),
         bounds=bounds(given.normalize),
         last=given.last,
+        until=given.until,
         resamples=given.resamples,
         seed=given.seed,
     )
@@ -113,6 +114,7 @@ def facts_of(given: Namespace, comparison: Comparison, experiments: list[str]) -
         "grouped by": ", ".join(options.group_by),
         "baseline": options.baseline or "none",
         "last evaluations": str(options.last),
+        "until": "the end" if options.until is None else f"frame {options.until:,}",
         "resamples": f"{options.resamples:,}",
         "seed of the bootstrap": str(options.seed),
     }

@@ -63,9 +63,9 @@ def compare(client: MlflowClient, runs: Sequence[Run], options: Options) -> Comp
     Raises:
         ComparisonError: if there is no finished run with the metric, or no such key or baseline.
     """
-    evaluated = evaluate(client, runs, options.metric)
+    evaluated = evaluate(client, runs, options.metric, options.until)
     if not any(evaluated.values()):
-        raise ComparisonError(_nothing(client, runs, options.metric))
+        raise ComparisonError(_nothing(client, runs, options))
     keys, by_label = group_runs(runs, options.group_by)
     groups = [make_group(label, members, evaluated) for label, members in by_label.items()]
     baseline = _baseline(groups, keys, options.baseline)
@@ -99,16 +99,19 @@ def compare(client: MlflowClient, runs: Sequence[Run], options: Options) -> Comp
     return Comparison(found, groups, rows, tasks, bounds, finals)
 
 
-def evaluate(client: MlflowClient, runs: Sequence[Run], metric: str) -> dict[str, Evaluated | None]:
+def evaluate(
+    client: MlflowClient, runs: Sequence[Run], metric: str, until: int | None = None
+) -> dict[str, Evaluated | None]:
     """Return the finished runs that have a metric, by their ids; ``None`` without any number.
 
     Args:
         client: of the store.
         runs: any.
         metric: its name.
+        until: the last frame that counts; ``None`` for all.
     """
     finished = {run.run_id: run for run in runs if run.status == "FINISHED"}
-    histories = read_histories(client, list(finished), metric)
+    histories = read_histories(client, list(finished), metric, until)
     rates = read_means(client, list(histories), RATE)
     shares = read_means(client, list(histories), SHARE)
     evaluated: dict[str, Evaluated | None] = {}
@@ -175,11 +178,14 @@ def _baseline(groups: Sequence[Group], keys: Sequence[str], label: str | None) -
     raise ComparisonError(f"There is no group {label!r}: {hint}There are {', '.join(labels)}.")
 
 
-def _nothing(client: MlflowClient, runs: Sequence[Run], metric: str) -> str:
+def _nothing(client: MlflowClient, runs: Sequence[Run], options: Options) -> str:
     finished = [run for run in runs if run.status == "FINISHED"]
     if not finished:
         statuses = ", ".join(sorted({run.status for run in runs}))
         return f"None of the {len(runs)} runs is FINISHED: they are {statuses}."
+    metric, until = options.metric, options.until
+    if until is not None and read_histories(client, [run.run_id for run in finished], metric):
+        return f"No finished run has a number for {metric!r} up to frame {until:,} (--until)."
     known = sorted({m for run in finished[:20] for m in client.get_run(run.run_id).data.metrics})
     close = difflib.get_close_matches(metric, known, n=3) or known[:20]
     return (

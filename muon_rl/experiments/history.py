@@ -40,7 +40,9 @@ class History(NamedTuple):
     ends_without_number: bool
 
 
-def read_histories(client: MlflowClient, run_ids: Sequence[str], metric: str) -> dict[str, History]:
+def read_histories(
+    client: MlflowClient, run_ids: Sequence[str], metric: str, until: int | None = None
+) -> dict[str, History]:
     """Return a metric's history in each run that has one.
 
     A database is asked itself, in one statement a run: 10,000 points take 0.01 s, through
@@ -50,6 +52,7 @@ def read_histories(client: MlflowClient, run_ids: Sequence[str], metric: str) ->
         client: of the store.
         run_ids: of the runs.
         metric: its name.
+        until: the last frame that is read; ``None`` for all.
 
     Returns:
         By run; of several points at a frame, the newest.
@@ -64,6 +67,8 @@ def read_histories(client: MlflowClient, run_ids: Sequence[str], metric: str) ->
             .where(table.run_uuid == sa.bindparam("run"), table.key == metric)
             .order_by(table.step)
         )
+        if until is not None:
+            query = query.where(table.step <= until)
         with engine.connect() as connection:
             points = [
                 # The driver's own rows: SQLAlchemy's take several times as long.
@@ -76,6 +81,7 @@ def read_histories(client: MlflowClient, run_ids: Sequence[str], metric: str) ->
         def ask(run: str) -> NDArray:
             found = client.get_metric_history(run, metric)
             rows = [(p.step, p.timestamp, p.value, bool(np.isnan(p.value))) for p in found]
+            rows = [row for row in rows if until is None or row[0] <= until]
             return np.array(rows, _POINT)
 
         with ThreadPoolExecutor(_THREADS) as threads:

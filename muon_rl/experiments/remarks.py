@@ -79,7 +79,8 @@ def _left_out(group: Group, options: Options) -> Iterator[str]:
             yield f"{len(runs)} {word} {'run' if len(runs) == 1 else 'runs'} left out"
     if group.without_metric:
         finished = _count(len(group.without_metric), "run")
-        yield f"{finished} without {options.metric} left out"
+        until = "" if options.until is None else f" up to frame {options.until:,}"
+        yield f"{finished} without {options.metric}{until} left out"
     if group.without_number:
         yield f"{_count(len(group.without_number), 'run')} without a finite value left out"
     for task, seeds in group.doubled.items():

@@ -33,6 +33,7 @@ class Options:
         thresholds: by task, in the metric's unit; the key ``""`` is for every task.
         bounds: by task, the scores that become 0 and 1; the key ``""`` is for every task.
         last: how many evaluations at the end of a run count as its final score.
+        until: the frame at which runs end; what a run did after it is left out.
         resamples: of the bootstrap.
         seed: of the bootstrap.
     """
@@ -43,6 +44,7 @@ class Options:
     thresholds: Mapping[str, float] = field(default_factory=dict)
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     last: int = 1
+    until: int | None = None
     resamples: int = 10_000
     seed: int = 0
 

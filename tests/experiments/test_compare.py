@@ -139,6 +139,25 @@ def test_the_last_evaluations_count_as_final(store):
     assert "1 run with fewer than 9 evaluations" in store.compare("--last=9")["muon"]["remarks"]
 
 
+def test_a_smaller_budget_leaves_out_what_came_later(store, capsys):
+    store.run([1, 5, 3, 9], tags={"optimizer": "fast"})
+    store.run([0, 2, 8], every=1500, tags={"optimizer": "slow"})
+    store.run([7], every=4000, tags={"optimizer": "late"})
+    rows = store.compare("--until=3_000", "--threshold=6")
+    assert [rows[name]["frames"] for name in ("fast", "slow")] == ["3000", "3000"]
+    assert [number(rows[name], "final_mean") for name in ("fast", "slow")] == [3, 2]
+    # Frames 1500, 2000 and 3000 are shared: 3, 5 and 3 on one's lines.
+    assert number(rows["fast"], "auc_iqm") == pytest.approx(11 / 3)
+    assert rows["fast"]["frames_to_threshold"] == ""  # 9 came after
+    assert "budgets differ" not in rows["fast"]["remarks"] + rows["slow"]["remarks"]
+    assert "1 run without eval/return up to frame 3,000 left out" in rows["late"]["remarks"]
+    assert "the last evaluation of a run up to frame 3,000" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        store.compare("--until=999")
+    error = capsys.readouterr().err
+    assert "No finished run has a number for 'eval/return' up to frame 999 (--until)" in error
+
+
 def test_failed_and_unfinished_runs_are_counted_and_left_out(store):
     store.group("muon", [10.0] * 5)
     for seed, status in enumerate(["FAILED", "KILLED", None], start=5):
@@ -381,6 +400,7 @@ def test_a_filter_leaves_runs_out(store):
         (["walk", "--threshold=run=3"], "--threshold names the task 'run', but runs have walk"),
         (["walk", "--normalize=3:1"], "LOW below HIGH, but is '3:1'"),
         (["walk", "--normalize=run=1:3"], "--normalize names the task 'run'"),
+        (["walk", "--until=3e3"], "--until: must be a whole number from 1 on, but is '3e3'"),
         (["walk", "--last=0"], "--last: must be a whole number from 1 on, but is '0'"),
         (["walk", "--filter=nonsense"], "--filter='nonsense'"),
         # A number may be negative: what is told is the baseline's name.

@@ -131,6 +131,9 @@ def test_a_tracking_server_gives_the_table_of_its_database(server, tmp_path, mon
     rows = served.compare("--threshold=2", "--baseline=adamw")
     direct = Store(tmp_path, f"sqlite:///{folder}/mlflow.db")
     assert direct.compare("--threshold=2", "--baseline=adamw") == rows
+    early = served.compare("--until=2999")
+    assert early == direct.compare("--until=2999") != direct.compare()
+    assert early["muon"]["frames"] == "2000"
     assert "1 run without a finite value left out" in rows["adamw"]["remarks"]
     after = [experiment.name for experiment in MlflowClient(address).search_experiments()]
     assert after == there
