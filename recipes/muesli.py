@@ -139,6 +139,8 @@ class Muesli(Agent):
         unroll_steps: agent steps that the model is unrolled, >= 1.
         policy_horizon: first of these whose policy is predicted, 1 to ``unroll_steps``.
         advantage_clip: largest exponent of CMPO, > 0: the policy is moved by at most tanh(c/2).
+        prior_mixture: shares of prior, behaviour and uniform policy that CMPO's prior is made of, such
+            as [0.95, 0, 0.05], which keeps a policy from settling; null is [1, 0, 0].
         value_target: what the critic learns where ``policy_gradient`` is retrace: action_value, the
             return of the action taken (Muesli's), or state_value, which corrects that action too,
             so that old data of a worse policy do not lower the values.
@@ -172,6 +174,7 @@ class Muesli(Agent):
         unroll_steps: int | None = None,
         policy_horizon: int | None = None,
         advantage_clip: float = 1.0,
+        prior_mixture: tuple[float, float, float] | None = None,
         value_target: Literal["action_value", "state_value"] = "action_value",
         max_importance_ratio: float | None = None,
         clip: float = 0.2,
@@ -245,6 +248,7 @@ class Muesli(Agent):
                 q_network,
                 advantage_clip_min=-advantage_clip,
                 advantage_clip_max=advantage_clip,
+                prior_mixture=prior_mixture,
                 next_targets=False,
                 **chosen("cmpo", kl_coef=kl_coef),
             )

@@ -107,9 +107,20 @@ def test_what_retrace_and_its_loss_are_given(workspace):
     assert policy.max_importance_ratio is None
 
 
+def test_a_prior_that_is_mixed_with_the_behaviour_and_the_uniform_policy(workspace):
+    config = recipes.find("muesli_cartpole")
+    mixture = "--model.prior_mixture=[0.9,0.06,0.04]"
+    cmpo = RecipeCLI(["fit", f"--config={config}", mixture]).model.loss.losses["cmpo"]
+    assert tuple(cmpo.prior_mixture.shares) == (0.9, 0.06, 0.04)
+    assert RecipeCLI(["fit", f"--config={config}"]).model.loss.losses["cmpo"].prior_mixture is None
+    fit(workspace, "muesli_cartpole", mixture)  # the behaviour's logits are in the buffer
+    assert untrained(workspace) == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--model.prior_mixture=[0.9,0,0.2]"], "prior_mixture"),
         (["--model.max_importance_ratio=0"], "max_importance_ratio must be above 0"),
         (["--model.action_values=none"], "model.model_policy=cmpo needs CMPO"),
         (["--model.gamma=1.5"], "model.gamma must be in"),
