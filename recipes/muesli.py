@@ -139,7 +139,7 @@ class Muesli(Agent):
         unroll_steps: agent steps that the model is unrolled, >= 1.
         policy_horizon: first of these whose policy is predicted, 1 to ``unroll_steps``.
         advantage_clip: largest exponent of CMPO, > 0: the policy is moved by at most tanh(c/2).
-        prior_mixture: shares of prior, behaviour and uniform policy that CMPO's prior is made of, such
+        prior_mixture: shares of prior, behaviour and uniform policy that make up CMPO's prior, such
             as [0.95, 0, 0.05], which keeps a policy from settling; null is [1, 0, 0].
         value_target: what the critic learns where ``policy_gradient`` is retrace: action_value, the
             return of the action taken (Muesli's), or state_value, which corrects that action too,
