@@ -9,7 +9,6 @@ import torch
 from muon_rl.recipes.muesli import Muesli, MuesliData
 from walk import register
 
-from muon_rl.data.sequences import STRETCH
 from muon_rl.envs import DMControl, EnvFactory, Gym, Snake
 from muon_rl.modules import WorldModel
 
@@ -201,18 +200,47 @@ def test_a_resumed_stream_goes_on(updates, share, tmp_path):
         assert (batch == other).all()
 
 
-def test_no_window_runs_from_an_episode_into_one_that_a_resume_began():
-    data = make(Gym(register()), total_frames=800, replay_fraction=1.0)
+@pytest.mark.parametrize(
+    "updates", [20, 60]
+)  # with a buffer that is not full, and with one that is
+def test_new_episodes_after_a_resume_follow_the_end_of_the_old_ones(updates):
+    data = make(Gym(register()), total_frames=200, replay_fraction=1.0, updates_per_step=0.5)
     stream = iter(data.train_dataloader())
-    for _ in range(4):
+    for _ in range(updates):
         next(stream)
-    resumed = make(Gym(register()), total_frames=800, replay_fraction=1.0)
+    last = data._fresh.reshape(2, -1)["next"][:, -1]
+    assert not last["done"].all()
+    resumed = make(Gym(register()), total_frames=200, replay_fraction=1.0, updates_per_step=0.5)
     resumed.load_state_dict(data.state_dict())
-    for _, batch in zip(range(5), resumed.train_dataloader(), strict=False):
+    across = 0
+    for batch in resumed.train_dataloader():
         after, later = batch["next", "observation"][:, :-1], batch["observation"][:, 1:]
         goes_on = ~batch["next", "done"][:, :-1].squeeze(-1)
         assert torch.equal(after[goes_on], later[goes_on])
-    assert set(resumed.buffer[:][STRETCH].flatten().tolist()) == {0, 1}
+        assert (after[~goes_on] != later[~goes_on]).all()
+        for seen in last["observation"][~last["done"].squeeze(-1)]:
+            cut = (after == seen).all(-1)
+            assert not batch["next", "terminated"][:, :-1].squeeze(-1)[cut].any()
+            across += int(cut.sum())
+    assert across > 0
+
+
+def test_windows_are_drawn_uniformly_after_a_resume_too():
+    data = make(Gym(register()), replay_fraction=1.0, buffer_size=400, total_frames=600)
+    stream = iter(data.train_dataloader())
+    for _ in range(33):  # nine collections
+        next(stream)
+    resumed = make(Gym(register()), replay_fraction=1.0, buffer_size=400, total_frames=600)
+    resumed.load_state_dict(data.state_dict())
+    stream = iter(resumed.train_dataloader())
+    while resumed.frames == data.frames:
+        next(stream)
+    # A tenth of the buffer is new. Drawn by stretches of time, half of the windows would be.
+    newest = resumed._fresh.reshape(1, -1)
+    windows = torch.stack([resumed.buffer.sample()["observation"] for _ in range(100)])
+    begun = windows.reshape(-1, LENGTH, 2)[:, 0]
+    new = (begun.unsqueeze(1) == newest["observation"]).all(-1).any(1)
+    assert 0.05 < new.float().mean() < 0.15
 
 
 def test_without_its_buffer_a_resumed_run_collects_first():
@@ -239,11 +267,41 @@ def test_a_checkpoint_of_other_sizes_is_refused(option):
         make(Gym(register()), **option).load_state_dict(data.state_dict())
 
 
+@pytest.mark.parametrize(("before", "now", "held"), [(0.0, 0.75, "no"), (0.75, 0.0, "a")])
+def test_a_checkpoint_with_or_without_a_buffer_is_refused(before, now, held):
+    data = make(Gym(register()), replay_fraction=before)
+    next(iter(data.train_dataloader()))
+    message = f"replay_fraction is {now}, but the checkpoint holds {held} replay buffer: set it"
+    with pytest.raises(ValueError, match=message):
+        make(Gym(register()), replay_fraction=now).load_state_dict(data.state_dict())
+
+
+def test_a_checkpoint_of_another_number_of_games_in_one_environment_is_refused():
+    def snake(games: int) -> MuesliData:
+        env = Snake(6, 6, num_envs=games, observation="planes")
+        return make(env, num_envs=1, steps_per_collection=40)
+
+    data = snake(4)
+    next(iter(data.train_dataloader()))
+    message = "the number of games in one environment is 4 in the checkpoint and 2 in this config"
+    with pytest.raises(ValueError, match=message):
+        snake(2).load_state_dict(data.state_dict())
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         ({"replay_fraction": 1.2}, "replay_fraction must be in"),
         ({"replay_fraction": float("nan")}, "replay_fraction must be in"),
+        (
+            {"replay_fraction": 0.06},
+            "replay_fraction=0.06 of data.batch_size=8 is rounded to 0 sequences, which is no "
+            "mixture: raise data.batch_size, or set data.replay_fraction to 0",
+        ),
+        (
+            {"replay_fraction": 0.95, "batch_size": 2},
+            "of data.batch_size=2 is rounded to 2 sequences.* set data.replay_fraction to 1",
+        ),
         ({"updates_per_step": 0.0}, "updates_per_step must be above 0"),
         ({"sequence_length": 0}, "sequence_length must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
