@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from muon_rl.recipes.muesli import Muesli, MuesliData
+from tensordict import TensorDict
 from walk import register
 
 from muon_rl.envs import DMControl, EnvFactory, Gym, Snake
@@ -27,7 +29,7 @@ def small(specs) -> WorldModel:
     return WorldModel(specs, latent=8, bins=None, encoder=encoder, channels=[4], **widths)
 
 
-def make(env: EnvFactory, **options) -> MuesliData:
+def make(env: EnvFactory, agent: Muesli | None = None, **options) -> MuesliData:
     """Return Muesli's data on an environment, with an agent of its own, ready to fit."""
     defaults = {
         "total_frames": 400, "sequence_length": LENGTH, "batch_size": 8, "buffer_size": 100,
@@ -35,7 +37,7 @@ def make(env: EnvFactory, **options) -> MuesliData:
     }  # fmt: skip
     data = MuesliData(env, **{**defaults, **options})
     data.trainer = SimpleNamespace(
-        lightning_module=Muesli(env, small), received_sigterm=False, global_rank=0,
+        lightning_module=agent or Muesli(env, small), received_sigterm=False, global_rank=0,
         state=SimpleNamespace(fn="fit"),
     )  # fmt: skip
     data.setup("fit")
@@ -175,6 +177,108 @@ def test_returns_across_ends_are_those_of_a_loop_over_steps():
                 value = value + c * (later - after[row, t])
             later = reward[row, t] + 0.99 * value
             assert seen["value_target"][row, t, 0] == pytest.approx(float(later), abs=1e-4)
+
+
+@pytest.mark.parametrize("value_target", ["action_value", "state_value"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_losses_across_ends_are_those_of_a_loop_over_steps(value_target, resumed):
+    env = Gym("CartPole-v1", options={"max_episode_steps": 18})
+    agent = Muesli(env, small, value_target=value_target, unroll_steps=3)
+    sizes = {"sequence_length": 20, "steps_per_collection": 80, "buffer_size": 200}
+    data = make(env, agent, replay_fraction=0.5, updates_per_step=0.05, **sizes)
+    batches = list(data.train_dataloader())  # 200 steps a game, of which the buffer holds 100
+    if resumed:
+        data, state = make(env, agent, replay_fraction=0.5, total_frames=800, **sizes), data
+        data.load_state_dict(state.state_dict())
+        batches = list(data.train_dataloader())
+
+    def flags(batch):
+        return (batch["next", key].squeeze(-1) for key in ("done", "terminated"))
+
+    def ends_both_ways(batch):
+        done, terminated = flags(batch)
+        return terminated.any() and (done & ~terminated).any() and not done[:, -1].all()
+
+    batch = next(batch for batch in reversed(batches) if ends_both_ways(batch))
+    done, terminated = flags(batch)
+    prior = deepcopy(agent.policy)  # the target networks' parameters, until one is stepped
+    with torch.no_grad():
+        for parameter in agent.policy.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+
+    def told(policy, of):
+        model = policy.world_model
+        return model.prediction(model.representation(of.select("observation")))
+
+    def taken(model, hidden, action):
+        step = TensorDict({"hidden_state": hidden, "action": action}, hidden.shape[:-1])
+        step = model.dynamics(step)
+        after = step["next", "hidden_state"]
+        ahead = model.prediction(TensorDict({"hidden_state": after}, hidden.shape[:-1]))
+        return after, step["reward_pred"].squeeze(-1), ahead
+
+    model, reward = agent.policy.world_model, batch["next", "reward"].squeeze(-1)
+    rows, length = batch.shape
+    with torch.no_grad():
+        now, before, after = (
+            told(agent.policy, batch),
+            told(prior, batch),
+            told(prior, batch["next"]),
+        )
+        value, next_value = (x["value_pred"].squeeze(-1) for x in (before, after))
+        logits = now["logits"].log_softmax(-1)
+        log_prob = logits.gather(-1, batch["action"].unsqueeze(-1)).squeeze(-1)
+        ratio = (log_prob - batch["action_log_prob"]).exp()
+        assert (ratio - 1).abs().max() > 0.1
+        # -- Retrace
+        returns = torch.zeros(rows, length)
+        for row in range(rows):
+            for t in reversed(range(length)):
+                ahead = 0.0 if terminated[row, t] else next_value[row, t]
+                if t < length - 1 and not done[row, t]:
+                    trace = 0.95 * min(1.0, float(ratio[row, t + 1]))
+                    ahead = ahead + trace * (returns[row, t + 1] - next_value[row, t])
+                returns[row, t] = reward[row, t] + 0.99 * ahead
+        target = returns
+        if value_target == "state_value":
+            target = value + ratio.clamp(max=1.0) * (returns - value)
+        # -- CMPO's policy, one step ahead in the prior's model
+        root = prior.world_model.representation(batch.select("observation"))["hidden_state"]
+        ahead = [taken(prior.world_model, root, torch.full((rows, length), a)) for a in (0, 1)]
+        q = torch.stack([r + 0.99 * p["value_pred"].squeeze(-1) for _, r, p in ahead], -1)
+        scale = (target - value).square().mean().sqrt()
+        exponent = ((q - value.unsqueeze(-1)) / scale).clamp(-1.0, 1.0)
+        better = (before["logits"].log_softmax(-1) + exponent).log_softmax(-1)
+        # -- the model, from every state on
+        errors = {"reward": [], "value": [], "policy": []}
+        for row in range(rows):
+            for t in range(length):
+                hidden = model.representation(batch[row, t].select("observation"))["hidden_state"]
+                for k in range(t, t + 3):
+                    if k == length or (k > t and done[row, k - 1]):
+                        break
+                    hidden, says, ahead = taken(model, hidden, batch["action"][row, k])
+                    errors["reward"].append((says - reward[row, k]).square())
+                    last = k == length - 1 or done[row, k]
+                    wanted = next_value[row, k] if last else target[row, min(k + 1, length - 1)]
+                    wanted = 0.0 if terminated[row, k] else wanted
+                    errors["value"].append((ahead["value_pred"].squeeze(-1) - wanted).square())
+                    if not last:
+                        wanted = better[row, k + 1]
+                        off = wanted - ahead["logits"].log_softmax(-1)
+                        errors["policy"].append((wanted.exp() * off).sum())
+        advantage = returns - value
+        expected = {
+            "loss_policy": -(ratio * advantage / advantage.square().mean().sqrt()).mean(),
+            "loss_value": 0.25 * (now["value_pred"].squeeze(-1) - target).square().mean(),
+            "loss_cmpo": (better.exp() * (better - logits)).sum(-1).mean(),
+            "dynamics_reward_loss": torch.stack(errors["reward"]).mean(),
+            "dynamics_returns_loss": torch.stack(errors["value"]).mean(),
+            "muesli_policy_loss": torch.stack(errors["policy"]).mean(),
+        }
+    out = agent.loss(batch)
+    for name, wanted in expected.items():
+        assert out[name].item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-6), name
 
 
 # ----------------------------------------------------------------------------------------- resume
