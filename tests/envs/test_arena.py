@@ -111,6 +111,20 @@ def test_some_agents_alone_cannot_begin_anew():
         env.reset(now.set("_reset", torch.tensor([[True], [False], [True]])))
 
 
+@pytest.mark.parametrize(("mission", "chests"), [("arena", 612), ("navigation", 97)])
+def test_a_full_map_has_every_chest_and_a_fuller_one_is_refused(mission, chests):
+    world = {"hearts": 1, "max_steps": 5, "view": 15}
+    full = make_world(mission, 3, chests=chests, **world)
+    grid = full.game.map_builder.create().build().grid
+    assert (grid == "chest").sum() == chests
+    assert ArenaEnv(full, seed=0).rollout(2).shape == (3, 2)
+    with pytest.raises(ValueError, match=f"env.num_agents=3 and env.chests={chests + 1} do not"):
+        make_world(mission, 3, chests=chests + 1, **world)
+    # mettagrid would look for room for these without end.
+    with pytest.raises(ValueError, match="do not fit on the map"):
+        make_world(mission, 700, chests=1, **world)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
