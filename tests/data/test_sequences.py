@@ -114,21 +114,25 @@ def test_a_batch_has_the_share_of_replay_that_was_asked_for(share, replayed):
     assert older >= 16 * replayed
 
 
-def test_every_fresh_sequence_is_served_before_any_is_served_again():
-    data = make(Gym(register()), replay_fraction=0.5, updates_per_step=0.2)
+@pytest.mark.parametrize(("batch_size", "updates"), [(8, 8), (6, 4)])
+def test_every_fresh_sequence_is_served_before_any_is_served_again(batch_size, updates):
+    data = make(
+        Gym(register()), replay_fraction=0.5, batch_size=batch_size, updates_per_step=updates / 40
+    )
     served = []  # of each collection, the places of the sequences in their order
     for number, (batch, fresh) in enumerate(batches_with_fresh(data)):
-        if number % 8 == 0:
+        if number % updates == 0:
             served.append([])
-        served[-1] += [place for (place,) in places(batch[:4], fresh)]
+        served[-1] += [place for (place,) in places(batch[: batch_size // 2], fresh)]
     assert len(served) == 10
     orders = set()
-    for order in served:  # 8 updates of 4: each of the 8 sequences four times
-        assert len(order) == 32
-        for start in range(0, 32, 8):
-            assert sorted(order[start : start + 8]) == list(range(8))
-            orders.add(tuple(order[start : start + 8]))
-    assert len(orders) > 30
+    for order in served:  # of 8 sequences each four times, or once and a half
+        assert len(order) == updates * batch_size // 2
+        for start in range(0, len(order), 8):
+            round_ = order[start : start + 8]
+            assert len(set(round_)) == len(round_)
+            orders.add(tuple(round_))
+    assert len(orders) >= 0.75 * 10 * -(-len(served[0]) // 8)
 
 
 @pytest.mark.parametrize(("frames", "updates"), [(400, 40), (401, 44), (40, 4)])
