@@ -72,6 +72,7 @@ def test_a_flag_of_what_is_usual_takes_most_of_a_window(changed, name):
         ({"entropy_share": 0.81}, "entropy_stays"),
         ({"explained_variance": -0.01}, "value_explains_nothing"),
         ({"cmpo_kl": 0.0}, "nothing_to_follow"),
+        ({"cmpo_kl": 1e-9}, "nothing_to_follow"),
     ],
 )
 def test_a_flag_of_what_lasts_takes_patience(changed, name):
