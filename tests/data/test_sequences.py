@@ -9,6 +9,7 @@ import pytest
 import torch
 from muon_rl.recipes.muesli import Muesli, MuesliData
 from tensordict import TensorDict
+from torchrl.objectives import SoftUpdate
 from walk import register
 
 from muon_rl.envs import DMControl, EnvFactory, Gym, Snake
@@ -188,6 +189,15 @@ def test_returns_across_ends_are_those_of_a_loop_over_steps():
 def test_losses_across_ends_are_those_of_a_loop_over_steps(value_target, resumed):
     env = Gym("CartPole-v1", options={"max_episode_steps": 18})
     agent = Muesli(env, small, value_target=value_target, unroll_steps=3)
+
+    def shake():
+        with torch.no_grad():
+            for parameter in agent.policy.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+
+    shake()  # else all values are 0
+    for target in agent.targets:
+        SoftUpdate(target.loss_module, tau=1.0).step()
     sizes = {"sequence_length": 20, "steps_per_collection": 80, "buffer_size": 200}
     data = make(env, agent, replay_fraction=0.5, updates_per_step=0.05, **sizes)
     batches = list(data.train_dataloader())  # 200 steps a game, of which the buffer holds 100
@@ -205,10 +215,8 @@ def test_losses_across_ends_are_those_of_a_loop_over_steps(value_target, resumed
 
     batch = next(batch for batch in reversed(batches) if ends_both_ways(batch))
     done, terminated = flags(batch)
-    prior = deepcopy(agent.policy)  # the target networks' parameters, until one is stepped
-    with torch.no_grad():
-        for parameter in agent.policy.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
+    prior = deepcopy(agent.policy)  # the target networks' parameters
+    shake()
 
     def told(policy, of):
         model = policy.world_model

@@ -76,6 +76,15 @@ def test_each_heart_is_a_reward_of_1_and_seen_by_its_owner():
     assert (taken.T[ends.T].view(-1, 3).sum(1) <= 12 * 2).all()
 
 
+def test_an_empty_chest_goes():
+    steps = played(200, num_agents=1, chests=30, hearts=1, view=15, max_steps=200)
+    # The tags end with agent, chest, wall; who takes a heart stays where it is.
+    now, after = (x["observation"][:, :, -2].sum((-1, -2)) for x in (steps, steps["next"]))
+    taken = steps["next", "reward"].squeeze(-1) == 1
+    assert taken.sum() > 3
+    assert (now - after)[taken].eq(1).all()
+
+
 def test_agents_end_together_truncated_at_the_horizon():
     after = played(40)["next"]
     expected = torch.zeros(3, 40, 1, dtype=torch.bool)
