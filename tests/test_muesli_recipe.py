@@ -72,6 +72,7 @@ def test_each_configuration_of_the_protocol_trains_its_terms(point, workspace):
     ("config", "options"),
     [
         ("muesli_minatar_breakout", ["--data.steps_per_collection=160"]),
+        ("muesli_lunarlander", []),
         ("muesli_snake", []),
         ("muesli_cartpole_swingup", []),
         ("muesli_arena", ["--data.total_frames=2000", "--env.max_steps=50"]),
@@ -107,12 +108,61 @@ def test_what_retrace_and_its_loss_are_given(workspace):
     assert policy.max_importance_ratio is None
 
 
-def test_a_prior_that_is_mixed_with_the_behaviour_and_the_uniform_policy(workspace):
+def losses_of(*options: str):
+    """Return the agent that a config makes, and its losses."""
     config = recipes.find("muesli_cartpole")
+    agent = RecipeCLI(["fit", f"--config={config}", *options]).model
+    return agent, agent.loss.losses
+
+
+def test_what_all_losses_share_reaches_each_of_them(workspace):
+    agent, losses = losses_of(
+        "--model.gamma=0.9", "--model.lmbda=0.8", "--model.tau=0.3", "--model.advantage_clip=0.5",
+        "--model.value_coef=0.7", "--model.unroll_steps=2",
+    )  # fmt: skip
+    retrace = losses["policy"].value_estimator
+    assert (retrace.gamma.item(), retrace.lmbda.item()) == pytest.approx((0.9, 0.8))
+    assert losses["policy"].value_pred_coef.item() == pytest.approx(0.7)
+    assert losses["cmpo"].q_network.gamma == pytest.approx(0.9)
+    clips = losses["cmpo"].advantage_clip_min, losses["cmpo"].advantage_clip_max
+    assert clips == pytest.approx((-0.5, 0.5))
+    for name in ("dynamics", "model"):
+        assert (losses[name].unroll_steps, losses[name].policy_horizon) == (2, 2)
+    # Every loss that has target networks, and no other, has them moved, each by the same share.
+    assert [target.loss_module for target in agent.targets] == [
+        losses[name] for name in ("policy", "cmpo", "dynamics")
+    ]
+    assert [target.eps for target in agent.targets] == pytest.approx([0.7] * 3)
+
+
+def test_what_ppo_and_the_q_head_are_given(workspace):
+    agent, losses = losses_of(
+        "--model.policy_gradient=ppo", "--model.action_values=q_head", "--model.dynamics=false",
+        "--model.gamma=0.9", "--model.lmbda=0.8", "--model.clip=0.1", "--model.entropy_coef=0.02",
+        "--model.value_coef=0.7", "--model.preset=conservative", "--model.value_pred_coef=0.6",
+        "--model.reward_pred_coef=0.5", "--model.policy_pred_coef=0.4", "--model.kl_coef=0.3",
+    )  # fmt: skip
+    ppo, gae = losses["policy"], losses["policy"].value_estimator
+    assert (float(gae.gamma), float(gae.lmbda)) == pytest.approx((0.9, 0.8))
+    assert ppo.clip_epsilon.item() == pytest.approx(0.1)
+    coefficients = ppo.entropy_coeff.item(), ppo.critic_coeff.item()
+    assert coefficients == pytest.approx((0.02, 0.7))
+    assert ppo.normalize_advantage and ppo.loss_critic_type == "smooth_l1"
+    assert losses["q_head"].value_estimator.gamma.item() == pytest.approx(0.9)
+    assert losses["cmpo"].kl_coef.item() == pytest.approx(0.3)
+    model = losses["model"]
+    coefficients = (model.policy_pred_coef, model.value_pred_coef, model.reward_pred_coef)
+    assert [c.item() for c in coefficients] == pytest.approx([0.4, 0.6, 0.5])
+    assert model.own_unroll and (model.unroll_steps, model.policy_horizon) == (3, 1)
+    assert [target.loss_module for target in agent.targets] == [
+        losses[name] for name in ("q_head", "cmpo", "model")
+    ]
+
+
+def test_a_prior_that_is_mixed_with_the_behaviour_and_the_uniform_policy(workspace):
     mixture = "--model.prior_mixture=[0.9,0.06,0.04]"
-    cmpo = RecipeCLI(["fit", f"--config={config}", mixture]).model.loss.losses["cmpo"]
-    assert tuple(cmpo.prior_mixture.shares) == (0.9, 0.06, 0.04)
-    assert RecipeCLI(["fit", f"--config={config}"]).model.loss.losses["cmpo"].prior_mixture is None
+    assert tuple(losses_of(mixture)[1]["cmpo"].prior_mixture.shares) == (0.9, 0.06, 0.04)
+    assert losses_of()[1]["cmpo"].prior_mixture is None
     fit(workspace, "muesli_cartpole", mixture)  # the behaviour's logits are in the buffer
     assert untrained(workspace) == []
 

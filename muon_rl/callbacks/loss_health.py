@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import lightning as L
 import torch
@@ -32,12 +33,15 @@ class LossHealth(Callback):
     ``diag/entropy_share`` of log A, ``diag/explained_variance``, ``diag/cmpo_kl`` in nats,
     ``diag/cmpo_tv`` and ``diag/cmpo_adv_std``, as far as the loss tells them; and
     ``diag/red_flags``, the number of rules that are broken. A flag is warned of once, with its
-    number, its limit and what to try. Training is the same, bit by bit, without it.
+    number, its limit and what to try, in a run that goes on from a checkpoint too. Training is the
+    same, bit by bit, without it.
 
     Args:
         enabled: whether to watch at all.
-        every_n_updates: updates (optimizer steps) from one measurement to the next.
-        stop: whether a red flag ends the run.
+        every_n_updates: updates (optimizer steps) from one measurement to the next; of several that
+            fall on the same frames, the first is made.
+        stop: whether a red flag ends the run; a run that goes on from there ends again as long as
+            the flag stands.
         limits: where healthy ends.
 
     Raises:
@@ -78,12 +82,31 @@ class LossHealth(Callback):
         metrics = {f"diag/{name}": value for name, value in found.items()}
         pl_module.track(metrics | {"diag/red_flags": float(len(flags))})
         for flag in flags:
+            text = f"Red flag {flag.name} at {pl_module.frames:,} frames. {flag.text}"
+            if self.stop:
+                raise RedFlagError(text)
             if flag.name not in self.warned:
                 self.warned.add(flag.name)
-                text = f"Red flag {flag.name} at {pl_module.frames:,} frames. {flag.text}"
-                if self.stop:
-                    raise RedFlagError(text)
                 rank_zero_warn(text)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rules look back on, and what was warned of."""
+        if not self.enabled:
+            return {}
+        return {
+            "seen": self.flags.state_dict(), "warned": sorted(self.warned),
+            "last_frames": self._last_frames,
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned.
+
+        Args:
+            state_dict: of a run that was watched.
+        """
+        self.flags.load_state_dict(state_dict["seen"])
+        self.warned = set(state_dict["warned"])
+        self._last_frames = state_dict["last_frames"]
 
 
 def measure(

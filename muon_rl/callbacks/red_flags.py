@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
+
+TERM, GRADIENT = "term/", "gradient_norm/"
+HALF = 0.5  # of log A, from which an entropy falls fast
+NOTHING = 1e-9  # nats
 
 
 @dataclass(frozen=True)
@@ -15,9 +19,10 @@ class Limits:
     """Where healthy ends. Numbers of a tuning guide, but for the counts, which are ours.
 
     Args:
-        term_ratio: of the largest term to the second largest, in absolute value.
+        term_ratio: of the largest term to the second largest, medians of their absolute values.
         model_ratio: of the model's policy loss to the policy loss, in absolute value.
-        entropy_low: share of log A below which an entropy that fell fast is flagged.
+        entropy_low: share of log A below which an entropy that fell fast is flagged: from a half of
+            log A or more, within a window.
         entropy_high: share of log A above which a policy stays random.
         cmpo_kl: nats between CMPO's policy and the policy.
         advantage_std: of CMPO's advantages, in units of return; below, no action stands out.
@@ -68,6 +73,23 @@ class Flag(NamedTuple):
     text: str
 
 
+def not_finite(measured: Mapping[str, float]) -> Flag | None:
+    """Return the flag of the first term or gradient that is no finite number, if one is.
+
+    Args:
+        measured: as of :meth:`RedFlags.look`.
+    """
+    for name, value in measured.items():
+        if name.startswith((TERM, GRADIENT)) and not math.isfinite(value):
+            return Flag(
+                "not_finite",
+                f"{name} is {value} (limit: any finite number). Lower the rate, or clip gradients "
+                "(max_grad_norm) or importance ratios; see that observations and rewards are "
+                "finite.",
+            )
+    return None
+
+
 class RedFlags:
     """Keeps what was measured, and says which rules are broken.
 
@@ -98,14 +120,32 @@ class RedFlags:
                 the loss tells them, ``model_ratio``, ``entropy_share``, ``explained_variance``,
                 ``cmpo_kl`` and ``cmpo_adv_std``.
         """
+        for name in self._seen.keys() - measured.keys():
+            del self._seen[name]  # a loss that was switched off
         for name, value in measured.items():
-            self._seen[name].append(value)
+            if not math.isnan(value):  # which has no place in a median
+                self._seen[name].append(abs(value) if name.startswith(TERM) else value)
         rules = (
             self._term_dominates, self._model_dominates, self._entropy_collapses,
             self._entropy_stays, self._value_explains_nothing, self._gradient_spikes,
             self._policy_does_not_follow, self._nothing_to_follow, self._actions_alike,
         )  # fmt: skip
-        return [flag for rule in rules if (flag := rule()) is not None]
+        found = [not_finite(measured), *(rule() for rule in rules)]
+        return [flag for flag in found if flag is not None]
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return what was measured, as far as the rules look back."""
+        return {name: list(values) for name, values in self._seen.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Sequence[float]]) -> None:
+        """Take back what :meth:`state_dict` returned.
+
+        Args:
+            state_dict: by name, the oldest first.
+        """
+        self._seen.clear()
+        for name, values in state_dict.items():
+            self._seen[name].extend(values)
 
     # -- what was measured ---------------------------------------------------------------------
 
@@ -122,15 +162,14 @@ class RedFlags:
     # -- the rules -----------------------------------------------------------------------------
 
     def _term_dominates(self) -> Flag | None:
-        names = [name for name in self._seen if name.startswith("term/")]
-        sizes = {name: self._typical(name) for name in names}
-        known = sorted(((abs(v), k) for k, v in sizes.items() if v is not None), reverse=True)
+        sizes = {name: self._typical(name) for name in self._seen if name.startswith(TERM)}
+        known = sorted(((v, k) for k, v in sizes.items() if v is not None), reverse=True)
         if len(known) < 2 or known[0][0] <= self.limits.term_ratio * known[1][0]:
             return None
         ratio = known[0][0] / known[1][0] if known[1][0] else math.inf
         return Flag(
             "term_dominates",
-            f"{known[0][1].removeprefix('term/')} is {known[0][0]:.3g}, {ratio:.3g} times the next "
+            f"{known[0][1].removeprefix(TERM)} is {known[0][0]:.3g}, {ratio:.3g} times the next "
             f"largest term (limit {self.limits.term_ratio:g}). Compare its gradient norm with the "
             "others'; if that is as large, lower its coefficient.",
         )
@@ -148,13 +187,14 @@ class RedFlags:
 
     def _entropy_collapses(self) -> Flag | None:
         values = list(self._seen.get("entropy_share", ()))[-self.limits.window - 1 :]
-        if not values or values[-1] >= self.limits.entropy_low or max(values) < 0.5:
+        if not values or values[-1] >= self.limits.entropy_low or max(values) < HALF:
             return None
         return Flag(
             "entropy_collapses",
             f"The entropy fell from {max(values):.2f} to {values[-1]:.2f} of log A within "
-            f"{len(values) - 1} measurements (limit {self.limits.entropy_low:g}). Take a slower "
-            "prior (tau=0.01), a lower rate, or more entropy bonus.",
+            f"{len(values) - 1} measurements (limit {self.limits.entropy_low:g}, coming from "
+            f"{HALF:g} or more). Take a slower prior (tau=0.01), a lower rate, or more entropy "
+            "bonus.",
         )
 
     def _entropy_stays(self) -> Flag | None:
@@ -175,18 +215,18 @@ class RedFlags:
         return Flag(
             "value_explains_nothing",
             f"The explained variance has been below 0 for {len(values)} measurements, at best "
-            f"{max(values):.2f}; healthy is above 0.5. Raise the critic's rate or value_coef, or "
-            "take fresher data.",
+            f"{max(values):.2g} (limit 0, healthy is above 0.5). Raise the critic's rate or "
+            "value_coef, or take fresher data.",
         )
 
     def _gradient_spikes(self) -> Flag | None:
-        for name in [name for name in self._seen if name.startswith("gradient_norm/")]:
+        for name in [name for name in self._seen if name.startswith(GRADIENT)]:
             usual = self._typical(name)
             now = self._seen[name][-1]
             if usual is not None and now > self.limits.spike * usual > 0.0:
                 return Flag(
                     "gradient_spikes",
-                    f"The gradient of {name.removeprefix('gradient_norm/')} has norm {now:.3g}, "
+                    f"The gradient of {name.removeprefix(GRADIENT)} has norm {now:.3g}, "
                     f"{now / usual:.3g} times its median (limit {self.limits.spike:g}). Clip "
                     "gradients (max_grad_norm), or importance ratios; look at ratio_max.",
                 )
@@ -204,13 +244,13 @@ class RedFlags:
 
     def _nothing_to_follow(self) -> Flag | None:
         values = self._lasting("cmpo_kl")
-        if not values or max(values) > 1e-9:
+        if not values or max(values) > NOTHING:
             return None
         return Flag(
             "nothing_to_follow",
-            f"CMPO's KL has been {max(values):.1g} for {len(values)} measurements: its policy is "
-            "the policy itself. See that SoftUpdate steps, that the prior lags "
-            "(use_target_network=True), and that advantages differ between actions.",
+            f"CMPO's KL has been {max(values):.1g} nats for {len(values)} measurements (limit "
+            f"{NOTHING:g}): its policy is the policy itself. See that SoftUpdate steps, that the "
+            "prior lags (use_target_network=True), and that advantages differ between actions.",
         )
 
     def _actions_alike(self) -> Flag | None:

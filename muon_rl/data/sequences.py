@@ -14,7 +14,7 @@ from torchrl.data import ReplayBuffer
 from muon_rl.data.base import AgentData, require_positive
 from muon_rl.envs import EnvFactory
 
-STRETCH = "stretch"  # number of the unbroken stretch of time that a step in the buffer is of
+STRETCH = "stretch"  # one number for all steps: in each game, time is unbroken for the sampler
 
 
 class SequenceData(AgentData):
@@ -32,7 +32,7 @@ class SequenceData(AgentData):
         sequence_length: agent steps of a sequence.
         batch_size: sequences of a batch.
         replay_fraction: share of a batch that is replayed, in [0, 1], rounded to whole sequences;
-            at 0 there is no buffer.
+            at 0 there is no buffer, and between 0 and 1 at least one of each kind.
         buffer_size: agent steps that the buffer holds; then the oldest are overwritten.
         steps_per_collection: agent steps collected at a time, those of all environments together;
             rounded up to whole sequences of each.
@@ -49,7 +49,8 @@ class SequenceData(AgentData):
             new episodes.
 
     Raises:
-        ValueError: if a number is out of its range, or the buffer holds less than a collection.
+        ValueError: if a number is out of its range, the buffer holds less than a collection, or a
+            batch is too small for a mixture.
 
     Source: the mixture is that of Hessel et al. 2021, arXiv:2104.06159, section 5.
     """
@@ -96,7 +97,14 @@ class SequenceData(AgentData):
             raise ValueError(f"data.updates_per_step must be above 0, but is {updates_per_step}.")
         self.sequence_length = sequence_length
         self.batch_size = batch_size
+        self.replay_fraction = replay_fraction
         self.replayed = round(batch_size * replay_fraction)
+        if 0.0 < replay_fraction < 1.0 and self.replayed in (0, batch_size):
+            raise ValueError(
+                f"data.replay_fraction={replay_fraction} of data.batch_size={batch_size} is "
+                f"rounded to {self.replayed} sequences, which is no mixture: raise "
+                f"data.batch_size, or set data.replay_fraction to {round(replay_fraction)}."
+            )
         self.buffer_size = buffer_size
         self.updates_per_step = updates_per_step
         once = sequence_length * num_envs * env.num_envs
@@ -114,14 +122,13 @@ class SequenceData(AgentData):
         self.buffer: Any = None  # made in setup
         self._fresh: Any = None  # sequences of the newest collection
         self._order = torch.empty(0, dtype=torch.int64)
-        self._stretch = 0
 
     @abstractmethod
     def make_buffer(self) -> ReplayBuffer:
         """Return an empty replay buffer of steps ``(games, time)`` that samples whole sequences.
 
         A sample has ``replayed * sequence_length`` steps, one sequence after the other, each within
-        one :data:`STRETCH`.
+        one game; their :data:`STRETCH` is that of all.
         """
 
     @property
@@ -163,14 +170,21 @@ class SequenceData(AgentData):
         return contents
 
     def check_contents(self, contents: dict[str, Any]) -> None:
-        """Raise if sequences, games or buffer were of another size."""
-        for name, before in contents.get("sizes", {}).items():
-            now = self._sizes[name]
+        """Raise if sequences, games or buffer were of another size, or there was no buffer."""
+        sizes = contents.get("sizes", {})
+        for name, now in self._sizes.items():
+            before = sizes.get(name, now)
             if before != now:
                 raise ValueError(
                     f"{name} is {before} in the checkpoint and {now} in this config: set it as it "
                     "was, or begin a fresh run."
                 )
+        if "fresh" in contents and ("steps" in contents) != bool(self.replayed):
+            raise ValueError(
+                f"data.replay_fraction is {self.replay_fraction}, but the checkpoint holds "
+                f"{'no' if self.replayed else 'a'} replay buffer: set it as it was, or begin a "
+                "fresh run."
+            )
 
     def load_contents(self, contents: dict[str, Any]) -> None:
         """Take back the buffer, the newest collection and what of it is left to be served."""
@@ -180,15 +194,16 @@ class SequenceData(AgentData):
         self._order = contents["order"]
         if self.replayed:
             steps = TensorDict.from_dict(contents["steps"], batch_dims=2)
+            newest = torch.tensor([(contents["writer"]["_cursor"] - 1) % steps.shape[1]])
+            if not self.continues_episodes:
+                # New episodes follow: the old ones were cut off there.
+                steps["next", "done"] = steps["next", "done"].index_fill(1, newest, True)
             self.buffer.extend(steps)
             self.buffer.writer.load_state_dict(contents["writer"])
             storage = self.buffer.storage
             if len(storage) == storage.max_size:
                 # It takes the row that it was given last for the newest, after which time breaks.
-                newest = torch.tensor([(contents["writer"]["_cursor"] - 1) % steps.shape[1]])
                 storage.set(newest, storage.get(newest))
-            # Where new episodes begin, no window may run from the old ones into them.
-            self._stretch = int(steps[STRETCH].max()) + (not self.continues_episodes)
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -196,6 +211,7 @@ class SequenceData(AgentData):
             "data.sequence_length": self.sequence_length,
             "data.steps_per_collection": self.steps_per_collection,
             "data.num_envs": self.num_envs,
+            "the number of games in one environment": self.env.num_envs,
         }
         return sizes | ({"data.buffer_size": self.buffer_size} if self.replayed else {})
 
@@ -208,7 +224,7 @@ class SequenceData(AgentData):
         rollout = rollout.select(*self.trainer.lightning_module.loss.in_keys, strict=False)
         rollout = rollout.reshape(-1, rollout.shape[-1])
         if self.replayed:
-            stretch = torch.full(rollout.shape, self._stretch, device=rollout.device)
+            stretch = torch.zeros(rollout.shape, dtype=torch.int64, device=rollout.device)
             self.buffer.extend(rollout.copy().set(STRETCH, stretch))
         self._fresh = rollout.reshape(-1, self.sequence_length)
         self._order = self._order[:0]

@@ -86,7 +86,8 @@ class Arena(EnvFactory):
         view: rows and columns that an agent sees, odd, 3 to 15.
 
     Raises:
-        ValueError: if mettagrid is not installed, or a number is out of its bounds.
+        ValueError: if mettagrid is not installed, a number is out of its bounds, or agents and
+            chests do not fit on the map.
 
     Example:
         >>> rollout = Arena(num_agents=3, view=5).make(seed=0).rollout(4)
@@ -143,7 +144,8 @@ def make_world(
         view: rows and columns that an agent sees.
 
     Raises:
-        ValueError: if mettagrid is not installed, or there is no such mission.
+        ValueError: if mettagrid is not installed, there is no such mission, or its map is too
+            small: mettagrid would leave chests out, or look for a place for agents without end.
     """
     try:
         from mettagrid.builder import envs
@@ -158,6 +160,13 @@ def make_world(
     # The arena's map is a room within walls, which scatters the objects.
     room = game.map_builder.instance if mission == "arena" else game.map_builder
     room.objects["chest"] = chests
+    cells = game.map_builder.width * game.map_builder.height
+    if sum(room.objects.values()) + num_agents > cells:
+        raise ValueError(
+            f"env.num_agents={num_agents} and env.chests={chests} do not fit on the map of "
+            f"{mission}, which has {cells} cells, {room.objects.get('wall', 0)} of them walls: "
+            "lower one of them."
+        )
     take = Handler(mutations=[withdraw({"heart": 1}, remove_when_empty=True)])
     inventory = InventoryConfig(initial={"heart": hearts})
     game.objects["chest"] = GridObjectConfig(name="chest", inventory=inventory, on_use_handler=take)

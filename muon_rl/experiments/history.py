@@ -25,7 +25,8 @@ class History(NamedTuple):
         frames: of the points that are numbers, ascending, shape ``(points,)``.
         times: when each was logged, milliseconds since 1970, same shape.
         values: the metric's, same shape; finite.
-        budget: frame of the last point, be it a number or not.
+        budget: frame of the last point that is read, be it a number or not.
+        whole_budget: frame of the last point of all.
         nans: how many points are NaN: left out above.
         infinities: how many points are infinite: left out above.
         ends_without_number: whether the last point is one of those.
@@ -35,6 +36,7 @@ class History(NamedTuple):
     times: NDArray[np.int64]
     values: NDArray[np.float64]
     budget: int
+    whole_budget: int
     nans: int
     infinities: int
     ends_without_number: bool
@@ -67,8 +69,6 @@ def read_histories(
             .where(table.run_uuid == sa.bindparam("run"), table.key == metric)
             .order_by(table.step)
         )
-        if until is not None:
-            query = query.where(table.step <= until)
         with engine.connect() as connection:
             points = [
                 # The driver's own rows: SQLAlchemy's take several times as long.
@@ -81,12 +81,12 @@ def read_histories(
         def ask(run: str) -> NDArray:
             found = client.get_metric_history(run, metric)
             rows = [(p.step, p.timestamp, p.value, bool(np.isnan(p.value))) for p in found]
-            rows = [row for row in rows if until is None or row[0] <= until]
             return np.array(rows, _POINT)
 
         with ThreadPoolExecutor(_THREADS) as threads:
             points = list(threads.map(ask, run_ids))
-    return {run: _history(found) for run, found in zip(run_ids, points, strict=True) if found.size}
+    histories = zip(run_ids, (_history(found, until) for found in points), strict=True)
+    return {run: history for run, history in histories if history is not None}
 
 
 def read_means(client: MlflowClient, run_ids: Sequence[str], metric: str) -> dict[str, float]:
@@ -160,7 +160,12 @@ def _is_database(client: MlflowClient) -> bool:
     return client.tracking_uri.partition(":")[0].partition("+")[0] in DATABASES
 
 
-def _history(points: NDArray) -> History:
+def _history(points: NDArray, until: int | None) -> History | None:
+    whole_budget = int(points["frame"].max(initial=0))
+    if until is not None:
+        points = points[points["frame"] <= until]
+    if not points.size:
+        return None
     # Of the points of one frame the newest stands last; then it is the one that is kept.
     points = points[np.lexsort((points["value"], points["time"], points["frame"]))]
     points = points[np.append(np.diff(points["frame"]) > 0, True)]
@@ -172,6 +177,7 @@ def _history(points: NDArray) -> History:
         times=numbers["time"],
         values=numbers["value"],
         budget=int(points["frame"][-1]),
+        whole_budget=whole_budget,
         nans=int(nan.sum()),
         infinities=int(infinite.sum()),
         ends_without_number=bool(nan[-1] or infinite[-1]),

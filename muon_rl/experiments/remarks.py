@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 from muon_rl.experiments.groups import Group
 from muon_rl.experiments.rows import EVERY_TASK, Options, Row
@@ -31,7 +32,7 @@ def remarks_of(
         doubts = [
             *_seeds(group, tasks),
             *_left_out(group, options),
-            *_budgets(group, others, tasks),
+            *_budgets(group, others, tasks, options),
             *_tuning(group, others),
             *_numbers(group, options),
         ]
@@ -94,16 +95,22 @@ def _left_out(group: Group, options: Options) -> Iterator[str]:
         yield f"{nameless} without the tag or param seed: each counts as a seed"
 
 
-def _budgets(group: Group, others: Sequence[Group], tasks: Sequence[str]) -> Iterator[str]:
-    for task in group.tasks:
+def _budgets(
+    group: Group, others: Sequence[Group], tasks: Sequence[str], options: Options
+) -> Iterator[str]:
+    kinds = {"budget": "budgets"}
+    if options.until is not None:  # to which their schedules went on
+        kinds["whole_budget"] = "whole budgets"
+    for task, (kind, word) in product(group.tasks, kinds.items()):
         of = f" on {task}" if len(tasks) > 1 else ""
-        own = [one.history.budget for one in group.tasks[task]]
-        rest = [one.history.budget for other in others for one in other.tasks.get(task, ())]
+        own = [getattr(one.history, kind) for one in group.tasks[task]]
+        beside = [one for other in others for one in other.tasks.get(task, ())]
+        rest = [getattr(one.history, kind) for one in beside]
         if min(own) < max(own):
-            yield f"budgets differ{of}: {min(own):,} to {max(own):,} frames in this group"
+            yield f"{word} differ{of}: {min(own):,} to {max(own):,} frames in this group"
         elif rest and (min(rest), max(rest)) != (own[0], own[0]):
             span = f"{min(rest):,}" + f" to {max(rest):,}" * (min(rest) < max(rest))
-            yield f"budgets differ{of}: {own[0]:,} frames here, {span} in other groups"
+            yield f"{word} differ{of}: {own[0]:,} frames here, {span} in other groups"
 
 
 def _tuning(group: Group, others: Sequence[Group]) -> Iterator[str]:
@@ -199,10 +206,11 @@ def _shown(group: Group, row: Row, tasks: Sequence[str], options: Options) -> It
     where = f"on {tasks[0]}" if len(tasks) == 1 else f"over {len(tasks)} tasks"
     side = "above" if low > 0.5 else "below"
     chance = row.improvement_probability or 0.0
+    until = "" if options.until is None else f" up to frame {options.until:,}"
     share, ends = (chance, (low, high)) if side == "above" else (1 - chance, (1 - high, 1 - low))
     yield (
-        f"shown {where} with {group.seeds} seeds each and equal budgets: final {options.metric} "
-        f"{side} {options.baseline}'s in {share:.0%} of pairs of runs "
+        f"shown {where} with {group.seeds} seeds each and equal budgets{until}: "
+        f"final {options.metric} {side} {options.baseline}'s in {share:.0%} of pairs of runs "
         f"(95% interval {ends[0]:.0%} to {ends[1]:.0%})"
     )
 

@@ -72,6 +72,7 @@ def test_a_flag_of_what_is_usual_takes_most_of_a_window(changed, name):
         ({"entropy_share": 0.81}, "entropy_stays"),
         ({"explained_variance": -0.01}, "value_explains_nothing"),
         ({"cmpo_kl": 0.0}, "nothing_to_follow"),
+        ({"cmpo_kl": 1e-9}, "nothing_to_follow"),
     ],
 )
 def test_a_flag_of_what_lasts_takes_patience(changed, name):
@@ -80,16 +81,81 @@ def test_a_flag_of_what_lasts_takes_patience(changed, name):
     assert names_after({}, *[changed] * (PATIENCE - 1)) == []
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"term/loss_value": 0.5},  # ten times 0.05
+        {"model_ratio": 1000.0},
+        {"entropy_share": 0.8},
+        {"explained_variance": 0.0},
+        {"cmpo_kl": 0.1},
+        {"cmpo_kl": 1.1e-9},
+        {"cmpo_adv_std": 1e-4},
+    ],
+)
+def test_at_its_limit_a_number_is_healthy(changed):
+    assert names_after(*[changed] * 2 * PATIENCE) == []
+
+
+def test_terms_of_either_sign_count_by_their_size():
+    # A policy's term that changes its sign: the median of its values is 0, of its sizes 0.2.
+    flags = RedFlags(Limits(window=4))
+    for sign in (-1, 1, -1, 1, -1, 1):
+        found = flags.look({"term/loss_policy": sign * 0.2, "term/loss_value": 1.0})
+        assert found == []
+    for sign in (-1, 1, -1, 1):
+        found = flags.look({"term/loss_policy": sign * 11.0, "term/loss_value": 1.0})
+    assert [flag.name for flag in found] == ["term_dominates"]
+    assert "loss_policy is 11, 11 times" in found[0].text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["term/loss_value", "gradient_norm/loss_policy"])
+def test_a_number_that_is_not_finite_is_flagged_at_once(name, value):
+    flags = RedFlags(LIMITS)
+    for _ in range(PATIENCE):
+        assert flags.look(HEALTHY) == []
+    first, *others = flags.look({**HEALTHY, name: value})
+    assert first.name == "not_finite"
+    assert f"{name} is {value} (limit: any finite number)" in first.text
+    # Only an infinite gradient is a spike as well.
+    spiked = name.startswith("gradient") and value == math.inf
+    assert [flag.name for flag in others] == ["gradient_spikes"] * spiked
+    for _ in range(PATIENCE):
+        assert flags.look(HEALTHY) == []
+
+
+def test_what_is_no_number_leaves_medians_as_they_are():
+    for broken in HEALTHY:
+        found = names_after({}, {}, *[{broken: math.nan}, {}] * PATIENCE)
+        assert found == []
+
+
+def test_a_term_that_is_switched_off_is_forgotten():
+    flags = RedFlags(LIMITS)
+    for _ in range(WINDOW):
+        found = flags.look({**HEALTHY, "term/loss_q": 50.0})
+    assert [flag.name for flag in found] == ["term_dominates"]
+    assert flags.look(HEALTHY) == []
+    assert flags.look({**HEALTHY, "term/loss_q": 50.0}) == []  # its window begins anew
+
+
 def test_an_entropy_that_falls_fast_is_flagged_and_one_that_falls_slowly_is_not():
     fast = [0.9, 0.5, 0.3, 0.19]
     assert names_after(*[{"entropy_share": x} for x in fast]) == ["entropy_collapses"]
-    slow = [0.9, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.19]
-    assert names_after(*[{"entropy_share": x} for x in slow]) == []
+    for other in (
+        [0.9, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.19],  # slowly
+        [0.9, 0.5, 0.3, 0.2],  # to the limit
+        [0.49, 0.19],  # from less than a half
+        [0.5, 0.4, 0.3, 0.25, 0.19],  # in four measurements
+    ):
+        assert names_after(*[{"entropy_share": x} for x in other]) == []
+    assert names_after(*[{"entropy_share": x} for x in (0.5, 0.19)]) == ["entropy_collapses"]
 
 
 def test_a_gradient_that_spikes_is_flagged():
     quiet = {"gradient_norm/loss_value": 0.2}
-    assert names_after(quiet, quiet, {"gradient_norm/loss_value": 1.9}) == []
+    assert names_after(quiet, quiet, {"gradient_norm/loss_value": 2.0}) == []
     assert names_after(quiet, quiet, {"gradient_norm/loss_value": 2.1}) == ["gradient_spikes"]
 
 
@@ -102,19 +168,34 @@ def test_a_flag_tells_its_number_its_limit_and_what_to_try():
     assert "lower its coefficient" in found[0].text
 
 
-def test_every_flag_says_what_to_try():
-    broken = {
-        "term/loss_value": 50.0, "model_ratio": 2e3, "cmpo_adv_std": 0.0, "cmpo_kl": 0.0,
-        "explained_variance": -1.0, "entropy_share": 0.9,
+def test_every_flag_tells_its_number_its_limit_and_what_to_try():
+    lasting = {
+        "term/loss_value": 50.0, "model_ratio": 2e3, "cmpo_adv_std": 2e-5, "cmpo_kl": 1e-11,
+        "explained_variance": -0.003, "entropy_share": 0.9,
     }  # fmt: skip
     flags = RedFlags(LIMITS)
     for _ in range(PATIENCE):
-        found = flags.look({**HEALTHY, **broken})
-    assert len(found) == 6
-    for flag in found:
-        assert any(
-            word in flag.text for word in ("Lower", "lower", "Raise", "raise", "See", "Look")
-        )
+        found = flags.look({**HEALTHY, **lasting})
+    last = {"term/loss_value": math.inf, "gradient_norm/loss_value": 40.0, "entropy_share": 0.11}
+    found += flags.look({**HEALTHY, **last, "cmpo_kl": 0.7})
+    for _ in range(WINDOW):
+        found += flags.look({**HEALTHY, "cmpo_kl": 0.7})
+    texts = {flag.name: flag.text for flag in found}
+    told = {
+        "term_dominates": ("50, 1e+03 times", "limit 10)", "lower its coefficient"),
+        "model_dominates": ("2e+03 times", "limit 1000,", "Lower policy_pred_coef"),
+        "entropy_collapses": ("0.11", "limit 0.2, coming from 0.5", "slower prior (tau=0.01)"),
+        "entropy_stays": ("above 0.90", "limit 0.8)", "raise the rate"),
+        "value_explains_nothing": ("-0.003", "limit 0,", "Raise the critic's rate"),
+        "gradient_spikes": ("norm 40, 200 times", "limit 10)", "Clip gradients"),
+        "policy_does_not_follow": ("0.7 nats", "limit 0.1,", "Raise kl_coef"),
+        "nothing_to_follow": ("1e-11 nats", "limit 1e-09)", "See that SoftUpdate steps"),
+        "actions_alike": ("2e-05", "limit 0.0001)", "Look at the explained variance"),
+        "not_finite": ("inf", "limit: any finite", "Lower the rate"),
+    }
+    assert set(texts) == set(told)
+    for name, words in told.items():
+        assert all(word in texts[name] for word in words), texts[name]
 
 
 @pytest.mark.parametrize(
@@ -296,3 +377,31 @@ def test_a_flag_that_stops_is_told_in_a_line(workspace, capsys):
     assert "Red flag term_dominates" in capsys.readouterr().err
     (record,) = workspace.records
     assert record.info.status == "FAILED"
+    # It is saved, and goes no further while the flag stands.
+    saved = torch.load(workspace.checkpoint(), weights_only=True)
+    assert saved["MuesliData"]["frames"] == 200
+
+
+def test_a_resumed_run_is_judged_by_all_of_it_and_warned_once(workspace):
+    watched = (
+        "fit", "--config=muesli_cartpole", "--loss_health.enabled=true", "--model.value_coef=1e5",
+        "--loss_health.every_n_updates=10", "--loss_health.limits.window=2",
+        "--trainer.enable_progress_bar=false", "--data.eval_every=1000", "--data.eval_episodes=1",
+    )  # fmt: skip
+
+    def flagged(*options: str) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            main([*watched, *options])
+        texts = [str(warning.message) for warning in caught]
+        return [text for text in texts if "Red flag term_dominates" in text]
+
+    assert flagged("--data.total_frames=200") == []
+    assert len(flagged("--data.total_frames=400", "--ckpt_path=last")) == 1
+    assert flagged("--data.total_frames=600", "--ckpt_path=last") == []
+    points = {}
+    for record in workspace.records:
+        for point in workspace.client.get_metric_history(record.info.run_id, "diag/red_flags"):
+            points[point.step] = point.value
+    # After 400 frames the second measurement fills the window that the first run began.
+    assert points == {200: 0.0, 400: 1.0, 600: 1.0}

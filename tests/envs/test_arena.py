@@ -76,6 +76,15 @@ def test_each_heart_is_a_reward_of_1_and_seen_by_its_owner():
     assert (taken.T[ends.T].view(-1, 3).sum(1) <= 12 * 2).all()
 
 
+def test_an_empty_chest_goes():
+    steps = played(200, num_agents=1, chests=30, hearts=1, view=15, max_steps=200)
+    # The tags end with agent, chest, wall; who takes a heart stays where it is.
+    now, after = (x["observation"][:, :, -2].sum((-1, -2)) for x in (steps, steps["next"]))
+    taken = steps["next", "reward"].squeeze(-1) == 1
+    assert taken.sum() > 3
+    assert (now - after)[taken].eq(1).all()
+
+
 def test_agents_end_together_truncated_at_the_horizon():
     after = played(40)["next"]
     expected = torch.zeros(3, 40, 1, dtype=torch.bool)
@@ -109,6 +118,20 @@ def test_some_agents_alone_cannot_begin_anew():
     now = env.reset()
     with pytest.raises(ValueError, match="reset all of them, or none"):
         env.reset(now.set("_reset", torch.tensor([[True], [False], [True]])))
+
+
+@pytest.mark.parametrize(("mission", "chests"), [("arena", 612), ("navigation", 97)])
+def test_a_full_map_has_every_chest_and_a_fuller_one_is_refused(mission, chests):
+    world = {"hearts": 1, "max_steps": 5, "view": 15}
+    full = make_world(mission, 3, chests=chests, **world)
+    grid = full.game.map_builder.create().build().grid
+    assert (grid == "chest").sum() == chests
+    assert ArenaEnv(full, seed=0).rollout(2).shape == (3, 2)
+    with pytest.raises(ValueError, match=f"env.num_agents=3 and env.chests={chests + 1} do not"):
+        make_world(mission, 3, chests=chests + 1, **world)
+    # mettagrid would look for room for these without end.
+    with pytest.raises(ValueError, match="do not fit on the map"):
+        make_world(mission, 700, chests=1, **world)
 
 
 @pytest.mark.parametrize(

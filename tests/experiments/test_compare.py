@@ -140,9 +140,9 @@ def test_the_last_evaluations_count_as_final(store):
 
 
 def test_a_smaller_budget_leaves_out_what_came_later(store, capsys):
-    store.run([1, 5, 3, 9], tags={"optimizer": "fast"})
-    store.run([0, 2, 8], every=1500, tags={"optimizer": "slow"})
-    store.run([7], every=4000, tags={"optimizer": "late"})
+    store.run([1, 5, 3, 9, 8, 9], tags={"optimizer": "fast"})
+    store.run([0, 2, 8, 8], every=1500, tags={"optimizer": "slow"})
+    store.run([7], every=6000, tags={"optimizer": "late"})
     rows = store.compare("--until=3_000", "--threshold=6")
     assert [rows[name]["frames"] for name in ("fast", "slow")] == ["3000", "3000"]
     assert [number(rows[name], "final_mean") for name in ("fast", "slow")] == [3, 2]
@@ -156,6 +156,25 @@ def test_a_smaller_budget_leaves_out_what_came_later(store, capsys):
         store.compare("--until=999")
     error = capsys.readouterr().err
     assert "No finished run has a number for 'eval/return' up to frame 999 (--until)" in error
+
+
+def test_a_claim_at_a_smaller_budget_says_so_and_needs_equal_whole_ones(store):
+    for seed in range(5):
+        store.run([seed, 50 + seed], seed=seed, tags={"optimizer": "a"})
+        store.run([10 + seed, 40 - seed], seed=seed, tags={"optimizer": "b"})
+    claim = "shown on walk with 5 seeds each and equal budgets{}: final eval/return {} a's in 100%"
+    early = store.compare("--baseline=a", "--until=1000")["b"]["remarks"]
+    assert claim.format(" up to frame 1,000", "above") in early
+    assert claim.format("", "below") in store.compare("--baseline=a")["b"]["remarks"]
+    for seed in range(5):
+        store.run([20 + seed, 30] + [30] * (seed > 3), seed=seed, tags={"optimizer": "c"})
+    rows = store.compare("--baseline=a", "--until=1000")
+    assert "whole budgets differ: 2,000 to 3,000 frames in this group" in rows["c"]["remarks"]
+    assert "whole budgets differ: 2,000 frames here, 2,000 to 3,000" in rows["b"]["remarks"]
+    for row in rows.values():
+        assert "; budgets differ" not in "; " + row["remarks"]
+        assert "shown on" not in row["remarks"]
+    assert "whole" not in store.compare("--baseline=a")["c"]["remarks"]
 
 
 def test_failed_and_unfinished_runs_are_counted_and_left_out(store):
