@@ -58,7 +58,7 @@ def untrained(workspace) -> list[str]:
 @pytest.mark.parametrize("point", PROTOCOL.points, ids=lambda point: point["method_name"])
 def test_each_configuration_of_the_protocol_trains_its_terms(point, workspace):
     values = [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in point.items()]
-    fit(workspace, PROTOCOL.config, *values)
+    fit(workspace, PROTOCOL.config, *values, *SHORT[:2])  # but of its budget
     (record,) = workspace.records
     logged = {name.removeprefix("train/loss_") for name in record.data.metrics if "/loss_" in name}
     assert logged == expected_terms(point["method_name"])
