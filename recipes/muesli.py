@@ -140,7 +140,8 @@ class Muesli(Agent):
         policy_horizon: first of these whose policy is predicted, 1 to ``unroll_steps``.
         advantage_clip: largest exponent of CMPO, > 0: the policy is moved by at most tanh(c/2).
         prior_mixture: shares of prior, behaviour and uniform policy that make up CMPO's prior, such
-            as [0.95, 0, 0.05], which keeps a policy from settling; null is [1, 0, 0].
+            as [0.95, 0, 0.05], which keeps a policy from settling; null is [1, 0, 0]. For discrete
+            actions only.
         value_target: what the critic learns where ``policy_gradient`` is retrace: action_value, the
             return of the action taken (Muesli's), or state_value, which corrects that action too,
             so that old data of a worse policy do not lower the values.

@@ -80,8 +80,7 @@ def _left_out(group: Group, options: Options) -> Iterator[str]:
             yield f"{len(runs)} {word} {'run' if len(runs) == 1 else 'runs'} left out"
     if group.without_metric:
         finished = _count(len(group.without_metric), "run")
-        until = "" if options.until is None else f" up to frame {options.until:,}"
-        yield f"{finished} without {options.metric}{until} left out"
+        yield f"{finished} without {options.metric}{options.up_to} left out"
     if group.without_number:
         yield f"{_count(len(group.without_number), 'run')} without a finite value left out"
     for task, seeds in group.doubled.items():
@@ -206,10 +205,9 @@ def _shown(group: Group, row: Row, tasks: Sequence[str], options: Options) -> It
     where = f"on {tasks[0]}" if len(tasks) == 1 else f"over {len(tasks)} tasks"
     side = "above" if low > 0.5 else "below"
     chance = row.improvement_probability or 0.0
-    until = "" if options.until is None else f" up to frame {options.until:,}"
     share, ends = (chance, (low, high)) if side == "above" else (1 - chance, (1 - high, 1 - low))
     yield (
-        f"shown {where} with {group.seeds} seeds each and equal budgets{until}: "
+        f"shown {where} with {group.seeds} seeds each and equal budgets{options.up_to}: "
         f"final {options.metric} {side} {options.baseline}'s in {share:.0%} of pairs of runs "
         f"(95% interval {ends[0]:.0%} to {ends[1]:.0%})"
     )

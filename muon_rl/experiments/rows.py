@@ -48,6 +48,11 @@ class Options:
     resamples: int = 10_000
     seed: int = 0
 
+    @property
+    def up_to(self) -> str:
+        """The words for ``until``, with a blank before them; empty without it."""
+        return "" if self.until is None else f" up to frame {self.until:,}"
+
 
 @dataclass(frozen=True)
 class Row:

@@ -81,7 +81,6 @@ def notes(comparison: Comparison) -> list[str]:
     """
     options = comparison.options
     last = "the last evaluation" if options.last == 1 else f"the last {options.last} evaluations"
-    until = "" if options.until is None else f" up to frame {options.until:,}"
     unit = ""
     if comparison.bounds:
         spans = ", ".join(
@@ -90,7 +89,7 @@ def notes(comparison: Comparison) -> list[str]:
         unit = f" Scores are normalised: 0 to 1 is {spans}; tasks count together."
     covered = ", ".join(f"{c:.0%} (n = {n})" for n, c in sorted(COVERAGE.items()) if c < 0.95)
     said = [
-        f"Score: {options.metric} ({last} of a run{until}), more is better; grouped by "
+        f"Score: {options.metric} ({last} of a run{options.up_to}), more is better; grouped by "
         f"{', '.join(options.group_by)}.{unit}",
         f"Brackets: 95% percentile intervals of a stratified bootstrap, {options.resamples:,} "
         f"resamples, seed {options.seed}. With few seeds they are too short: on normal scores that "
