@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.adam import adam
 
 from muon_rl.optim import sharded
@@ -23,32 +25,32 @@ def step_adam(
         capturable: whether the counts of steps lie on the device.
     """
     # Groups of equal settings, such as the heads of actor and critic, are one call.
-    calls: dict[tuple, list[Any]] = defaultdict(list)
+    calls: dict[tuple, list[tuple[Any, dict[str, Any]]]] = defaultdict(list)
     for group in groups:
-        params = [p for p in group["params"] if p.grad is not None]
-        for p in params:
-            if "exp_avg" not in state[p]:
-                _begin(p, state[p], on_device=capturable or bool(group["fused"]))
-            elif capturable and state[p]["step"].device != p.device:
-                state[p]["step"] = state[p]["step"].to(p.device)  # loaded from another device
-        if not params:
+        pairs = [(p, state[p]) for p in group["params"] if p.grad is not None]
+        if not pairs:
             continue
-        settings = _settings(group, params[0].device.type)
+        for p, own in pairs:
+            if "exp_avg" not in own:
+                _begin(p, own, on_device=capturable or bool(group["fused"]))
+            elif capturable and own["step"].device != p.device:
+                own["step"] = own["step"].to(p.device)  # loaded from another device
+        settings = _settings(group, pairs[0][0].device.type)
         if is_scheduled(group):
-            for p in params:
-                calls[settings + _corrected(group, state[p], settings[2])].append(p)
+            for p, own in pairs:
+                calls[settings + _corrected(group, own, settings[2])].append((p, own))
         else:
             key = (*settings, group["lr"], group["weight_decay"])
-            calls[key] += params
-    for (device, fused, beta1, beta2, eps, decoupled, lr, decay), params in calls.items():
-        states = [state[p] for p in params]
+            calls[key] += pairs
+    for (device, fused, beta1, beta2, eps, decoupled, lr, decay), pairs in calls.items():
+        params, grads, averages, squares, steps = _tensors(pairs)
         adam(
-            [sharded.local(p) for p in params],
-            [sharded.local(sharded.gradient(p)) for p in params],
-            [sharded.local(s["exp_avg"]) for s in states],
-            [sharded.local(s["exp_avg_sq"]) for s in states],
+            params,
+            grads,
+            averages,
+            squares,
             [],
-            [s["step"] for s in states],
+            steps,
             # torch does not compile its fused Adam; the compiler fuses the other.
             fused=None if torch.compiler.is_compiling() else fused,
             # torch takes it on accelerators only; on a CPU there is no graph to capture.
@@ -62,6 +64,22 @@ def step_adam(
             weight_decay=decay,
             eps=eps,
         )
+
+
+def _tensors(pairs: list[tuple[Any, dict[str, Any]]]) -> Sequence[list[Tensor]]:
+    """Return parameters, gradients, first and second moments and counts of steps."""
+    params = [p for p, _ in pairs]
+    averages = [own["exp_avg"] for _, own in pairs]
+    squares = [own["exp_avg_sq"] for _, own in pairs]
+    steps = [own["step"] for _, own in pairs]
+    if not sharded.any_of(params):
+        return params, [p.grad for p in params], averages, squares, steps
+    gradients = map(sharded.gradient, params)
+    params, grads, averages, squares = (
+        [sharded.local(tensor) for tensor in tensors]
+        for tensors in (params, gradients, averages, squares)
+    )
+    return params, grads, averages, squares, steps
 
 
 def _settings(group: dict[str, Any], device: str) -> tuple:

@@ -57,6 +57,13 @@ def is_scheduled(group: dict[str, Any]) -> bool:
     return group["momentum_start_step"] + group["momentum_warmup_steps"] > 0
 
 
+def is_moving(group: dict[str, Any]) -> bool:
+    """Tell whether a group's momentum has not yet come to the end of its schedule."""
+    return (
+        group["momentum_step"] < group["momentum_start_step"] + group["momentum_warmup_steps"]
+    )
+
+
 def next_momentum(group: dict[str, Any]) -> float:
     """Return the momentum, or Adam's beta1, that a group's next step applies.
 
@@ -80,8 +87,7 @@ def count_step(group: dict[str, Any]) -> None:
     # its end, and the other one, which only messages tell, is left out there.
     if not torch.compiler.is_compiling():
         group["step"] += 1
-    end = group["momentum_start_step"] + group["momentum_warmup_steps"]
-    if group["momentum_step"] < end:
+    if is_moving(group):
         group["momentum_step"] += 1
 
 

@@ -65,17 +65,16 @@ def _is_skinny(small: int, large: int) -> bool:
     return 2 * large > 3 * small
 
 
-def _iterate(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
+def _iterate(x: Tensor, result: Tensor, triples: tuple[Triple, ...]) -> None:
     """Run the iteration ``X <- a X + (b X X^T + c (X X^T)^2) X`` on ``(m, n)`` or ``(N, m, n)``.
 
-    The Gram matrix is of the smaller side: a tall ``x`` is multiplied from the right. ``x`` is
-    overwritten.
+    The Gram matrix is of the smaller side: a tall ``x`` is multiplied from the right. The steps go
+    to and fro between ``x`` and ``result``, so after an odd number of them it lies in ``result``.
     """
     product, fused = (torch.mm, torch.addmm) if x.ndim == 2 else (torch.bmm, torch.baddbmm)
     is_tall = x.shape[-2] > x.shape[-1]
     is_square = x.shape[-2] == x.shape[-1]
     side = min(x.shape[-2:])
-    result = torch.empty_like(x)
     polynomial = x.new_empty(*x.shape[:-2], side, side)
     space = None if is_square else torch.empty_like(polynomial)
     for a, b, c in triples:
@@ -90,10 +89,11 @@ def _iterate(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
         step = (x, polynomial) if is_tall else (polynomial, x)
         fused(x, *step, beta=a, alpha=alpha, out=result)
         x, result = result, x
-    return x
 
 
-def _iterate_gram(stacks: Sequence[Tensor], triples: tuple[Triple, ...]) -> list[Tensor]:
+def _iterate_gram(
+    stacks: Sequence[Tensor], results: Sequence[Tensor], triples: tuple[Triple, ...]
+) -> None:
     """Run the same iteration on Gram matrices, and multiply each ``x`` by the product of its steps.
 
     With ``G = X X^T``, a step multiplies ``X`` by ``S = a I + b G + c G^2`` and turns ``G`` into
@@ -126,24 +126,24 @@ def _iterate_gram(stacks: Sequence[Tensor], triples: tuple[Triple, ...]) -> list
         if number < len(triples):
             half = torch.baddbmm(gram, rest, gram, beta=a)
             gram = torch.baddbmm(half, half, rest, beta=a)
-    results = []
-    for x, is_tall, part in zip(stacks, tall, product.split_with_sizes(counts), strict=True):
+    parts = product.split_with_sizes(counts) if len(stacks) > 1 else (product,)
+    for x, result, is_tall, part in zip(stacks, results, tall, parts, strict=True):
         side = min(x.shape[-2:])
-        part = part[:, :side, :side]
+        if side < part.shape[-1]:
+            part = part[:, :side, :side]
         # Transposed, since from the right the first step comes first.
-        results.append(torch.bmm(x, part.mT) if is_tall else torch.bmm(part, x))
-    return results
+        torch.bmm(*((x, part.mT) if is_tall else (part, x)), out=result)
 
 
-def _normalized(x: Tensor, eps: float) -> Tensor:
-    """Divide each matrix of a stack by its Frobenius norm; it may overwrite ``x``."""
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+def _normalize(x: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """Divide each matrix of a stack by its Frobenius norm."""
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1))
     # Whether the norm overflowed is free to ask on a CPU alone; elsewhere it would be a sync.
     may_ask = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not (may_ask and math.isfinite(norm.sum().item())):
+    if not (may_ask and all(map(math.isfinite, norm.tolist()))):
         x = scaled_down(x, x.dtype)
-        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return x.div_(norm.clamp_(min=eps))
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1))
+    return torch.div(x, norm.clamp_(min=eps).view(-1, 1, 1), out=out)
 
 
 def has_less_range(dtype: torch.dtype, other: torch.dtype) -> bool:
@@ -168,9 +168,9 @@ def scaled_down(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x / torch.where(peak > large, peak, 1.0)
 
 
-def _prefers_gram(x: Tensor, triples: tuple[Triple, ...]) -> bool:
-    """Tell whether the iteration on Gram matrices is right and cheaper for a stack."""
-    if x.dtype != torch.float32 or not _is_skinny(*sorted(x.shape[-2:])):
+def _prefers_gram(rows: int, columns: int, dtype: torch.dtype, triples: tuple[Triple, ...]) -> bool:
+    """Tell whether the iteration on Gram matrices is right and cheaper for matrices of a shape."""
+    if dtype != torch.float32 or not _is_skinny(*sorted((rows, columns))):
         return False
     # The rounding of a Gram matrix grows by the square of the slope at 0 in each step.
     rounding = 2.0**-23
@@ -179,29 +179,54 @@ def _prefers_gram(x: Tensor, triples: tuple[Triple, ...]) -> bool:
     return rounding < 0.2
 
 
-def _polar(x: Tensor, triples: tuple[Triple, ...], eps: float) -> Tensor:
-    """Orthogonalize a stack ``(N, rows, columns)``; it may overwrite ``x``."""
-    x = _normalized(x, eps)
-    if _prefers_gram(x, triples):
-        return _iterate_gram([x], triples)[0]
-    # One matrix goes 2-D: quicker, and the kernels, hence the bits, of torch.optim.Muon.
-    return _iterate(x[0], triples)[None] if len(x) == 1 else _iterate(x, triples)
+def room(
+    rows: int, columns: int, dtype: torch.dtype, triples: tuple[Triple, ...]
+) -> tuple[int, int]:
+    """Return a shape that may be padded to; matrices of equal ones share a stack.
+
+    Only small skinny matrices are padded, to less than twice their smaller side: a product of them
+    costs less than its call.
+
+    Args:
+        rows: of a matrix.
+        columns: of a matrix.
+        dtype: of the arithmetic.
+        triples: one ``(a, b, c)`` a step.
+    """
+    if min(rows, columns) > _SMALL or not _prefers_gram(rows, columns, dtype, triples):
+        return rows, columns
+    padded = 1 << (min(rows, columns) - 1).bit_length()
+    return (rows, padded) if rows > columns else (padded, columns)
 
 
-def _polar_in_chunks(x: Tensor, triples: tuple[Triple, ...], eps: float) -> Tensor:
+def _polar_(x: Tensor, triples: tuple[Triple, ...], eps: float) -> None:
+    """Orthogonalize a stack ``(N, rows, columns)`` in its memory."""
+    rows, columns = x.shape[-2:]
+    if _prefers_gram(rows, columns, x.dtype, triples):
+        _iterate_gram([_normalize(x, eps)], [x], triples)
+        return
+    # The iteration goes to and fro: it begins where it has to for its end to be x.
+    other = torch.empty_like(x)
+    first, second = (other, x) if len(triples) % 2 else (x, other)
+    _normalize(x, eps, out=first)
+    if len(x) == 1:
+        # One matrix goes 2-D: quicker, and the kernels, hence the bits, of torch.optim.Muon.
+        first, second = first[0], second[0]
+    _iterate(first, second, triples)
+
+
+def _polar_in_chunks_(x: Tensor, triples: tuple[Triple, ...], eps: float) -> None:
     """Orthogonalize a stack, on a CPU as much of it at a time as its cache holds."""
     small, large = sorted(x.shape[-2:])
     chunk = _WORKING_SET // (2 * small * (small + large) * x.dtype.itemsize)
     if x.device.type != "cpu" or chunk >= len(x):
-        return _polar(x, triples, eps)
+        _polar_(x, triples, eps)
+        return
     for part in x.split(max(1, chunk)):
-        part.copy_(_polar(part, triples, eps))
-    return x
+        _polar_(part, triples, eps)
 
 
-def orthogonalize_(
-    stacks: Sequence[Tensor], triples: tuple[Triple, ...], eps: float
-) -> list[Tensor]:
+def orthogonalize_(stacks: Sequence[Tensor], triples: tuple[Triple, ...], eps: float) -> None:
     """Orthogonalize stacks in their own dtype and memory: what an optimizer calls.
 
     Args:
@@ -209,26 +234,18 @@ def orthogonalize_(
             are overwritten.
         triples: one ``(a, b, c)`` a step.
         eps: a Frobenius norm below this is not scaled up further.
-
-    Returns:
-        For each stack the orthogonalized matrices, in its memory or in new memory.
     """
-    polar = list(stacks)
-    skinny: dict[int, list[int]] = defaultdict(list)
-    for index, x in enumerate(stacks):
-        side = min(x.shape[-2:])
+    skinny: dict[int, list[Tensor]] = defaultdict(list)
+    for x in stacks:
         if x.numel() == 0:
             continue
-        if _prefers_gram(x, triples) and side <= _SMALL:
-            # Padded to less than twice their side: a product of them costs less than its call.
-            skinny[(side - 1).bit_length()].append(index)
+        rows, columns = x.shape[-2:]
+        if min(rows, columns) <= _SMALL and _prefers_gram(rows, columns, x.dtype, triples):
+            skinny[min(room(rows, columns, x.dtype, triples))].append(x)
         else:
-            polar[index] = _polar_in_chunks(x, triples, eps)
-    for indices in skinny.values():
-        normalized = [_normalized(stacks[index], eps) for index in indices]
-        for index, x in zip(indices, _iterate_gram(normalized, triples), strict=True):
-            polar[index] = x
-    return polar
+            _polar_in_chunks_(x, triples, eps)
+    for alike in skinny.values():
+        _iterate_gram([_normalize(x, eps) for x in alike], alike, triples)
 
 
 @torch.no_grad()
@@ -287,5 +304,6 @@ def orthogonalize(
     stack = x.reshape(-1, *x.shape[-2:]) if x.numel() else x
     if has_less_range(dtype, x.dtype) and x.numel():
         stack = scaled_down(stack, dtype)
-    (polar,) = orthogonalize_([stack.to(dtype, copy=True)], triples, eps)
+    polar = stack.to(dtype, copy=True)
+    orthogonalize_([polar], triples, eps)
     return polar.reshape(x.shape).to(x.dtype)

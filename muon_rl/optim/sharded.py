@@ -23,6 +23,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def any_of(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether one of some tensors is a ``DTensor``.
+
+    Args:
+        tensors: any.
+    """
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
 def gradient(parameter: Any) -> Tensor:
     """Return a parameter's gradient, placed as the parameter is.
 
