@@ -1,6 +1,7 @@
 """What is watched and kept while an agent trains."""
 
 from muon_rl.callbacks.checkpoints import Checkpoints
+from muon_rl.callbacks.compiled_optimizer import CompiledOptimizer
 from muon_rl.callbacks.effective_rank import EffectiveRank
 from muon_rl.callbacks.film import Film
 from muon_rl.callbacks.graceful_stop import GracefulStop
@@ -8,6 +9,6 @@ from muon_rl.callbacks.loss_health import LossHealth, RedFlagError
 from muon_rl.callbacks.progress import FramesProgressBar
 
 __all__ = [
-    "Checkpoints", "EffectiveRank", "Film", "FramesProgressBar", "GracefulStop", "LossHealth",
-    "RedFlagError",
+    "Checkpoints", "CompiledOptimizer", "EffectiveRank", "Film", "FramesProgressBar",
+    "GracefulStop", "LossHealth", "RedFlagError",
 ]  # fmt: skip

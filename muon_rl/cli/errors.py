@@ -20,7 +20,7 @@ from muon_rl.envs import EnvFactory
 
 TOP = (
     "env", "data", "model", "trainer", "checkpoint", "effective_rank", "loss_health", "method_name",
-    "seed_everything", "ckpt_path", "matmul_precision", "config",
+    "seed_everything", "ckpt_path", "matmul_precision", "compile_optimizer", "config",
 )  # fmt: skip
 SUBCOMMANDS = ("fit", "validate")
 

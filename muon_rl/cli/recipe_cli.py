@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from muon_rl.agent import Agent
-from muon_rl.callbacks import Film, FramesProgressBar, GracefulStop
+from muon_rl.callbacks import CompiledOptimizer, Film, FramesProgressBar, GracefulStop
 from muon_rl.cli import ConfigError, names, recipes, record, runs
 from muon_rl.cli.errors import root_of
 from muon_rl.cli.parser import RecipeParser
@@ -166,13 +166,14 @@ class RecipeCLI(LightningCLI):
         callbacks: list[Callback] = [*(trainer.pop("callbacks") or [])]
         if self.subcommand == "fit":
             callbacks += [self.checkpoints, self.stop, self._record(), Film()]
-            effective_rank = self.config_init[self.subcommand].effective_rank
-            if effective_rank.enabled:
-                effective_rank.check(self.model.loss, self.datamodule)
-                callbacks.append(effective_rank)
-            loss_health = self.config_init[self.subcommand].loss_health
-            if loss_health.enabled:
-                callbacks.append(loss_health)
+            config = self.config_init[self.subcommand]
+            if config.effective_rank.enabled:
+                config.effective_rank.check(self.model.loss, self.datamodule)
+                callbacks.append(config.effective_rank)
+            if config.loss_health.enabled:
+                callbacks.append(config.loss_health)
+            if config.compile_optimizer:
+                callbacks.append(CompiledOptimizer())
         # Lightning refuses enable_progress_bar=false beside a bar among the callbacks.
         if self.subcommand == "fit" and trainer["enable_progress_bar"] is not False:
             callbacks.append(FramesProgressBar())

@@ -59,9 +59,7 @@ def is_scheduled(group: dict[str, Any]) -> bool:
 
 def is_moving(group: dict[str, Any]) -> bool:
     """Tell whether a group's momentum has not yet come to the end of its schedule."""
-    return (
-        group["momentum_step"] < group["momentum_start_step"] + group["momentum_warmup_steps"]
-    )
+    return group["momentum_step"] < group["momentum_start_step"] + group["momentum_warmup_steps"]
 
 
 def next_momentum(group: dict[str, Any]) -> float:

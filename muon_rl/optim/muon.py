@@ -57,8 +57,7 @@ class Muon(torch.optim.Optimizer):
               ``momentum_step`` counts them, ``step`` all steps;
             - Muon groups: every argument below;
             - Adam groups: torch's ``lr`` (1e-3), ``betas`` (0.9, 0.999), ``eps`` (1e-8),
-              ``weight_decay`` (0.01 for ``adamw``, 0 for ``adam``) and ``fused``. They never
-              inherit Muon's values given below.
+              ``weight_decay`` (0.01 for ``adamw``, 0 for ``adam``) and ``fused``, never Muon's.
         lr: Muon's rate, spectral norm per update, >= 0.
         momentum: share of the old average kept, in [0, 1).
         nesterov: whether the update looks one step ahead.
@@ -241,7 +240,8 @@ class Muon(torch.optim.Optimizer):
         self._refuse_sparse_gradients()
         if self.on_nonfinite != "propagate" and not self._gradients_are_finite():
             return loss
-        if self._compiled is None or any(map(is_moving, self.param_groups)):
+        # The first step makes the state, which the graph is for.
+        if self._compiled is None or not self.state or any(map(is_moving, self.param_groups)):
             self._update()
         else:
             self._compiled(self.param_groups)
@@ -258,9 +258,9 @@ class Muon(torch.optim.Optimizer):
     def compile(self, **options: Any) -> None:
         """Compile the update of each step from here on, as ``nn.Module.compile`` does a forward.
 
-        It fuses the passes over memory and takes Python out, after 10 to 20 seconds at the first
-        step. Closure and checks of the gradients stay outside, rates may move, and steps of a
-        moving momentum run as they are. A copy of the optimizer is not compiled.
+        It fuses the passes over memory and takes Python out, after 10 to 20 seconds at first.
+        Closure and checks of the gradients stay outside, rates may move, and the first step and
+        those of a moving momentum run as they are. A copy of the optimizer is not compiled.
 
         Args:
             options: of ``torch.compile``.

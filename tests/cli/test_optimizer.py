@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+
+from muon_rl.optim import Muon
+from muon_rl.optim.compiled import CompiledUpdate
 
 LAYERS = {
     ("actor", "first"): "actor_network_params.module.0.module.0.0.weight",
@@ -124,3 +128,25 @@ def test_a_run_with_everything_set_keeps_its_settings_in_the_checkpoint(workspac
     assert (critic["nesterov"], critic["weight_decay"]) == (False, 0.1)
     assert by_name["critic/aux"]["algorithm"] == "adam"
     assert by_name["critic/aux"]["initial_lr"] == 2e-4
+
+
+def test_a_compiled_optimizer_trains_as_one_that_is_not(workspace, monkeypatch):
+    # Traced, but not turned into C++, which takes long.
+    monkeypatch.setattr(Muon, "compile", partialmethod(Muon.compile, backend="eager"))
+    calls = []
+    step = CompiledUpdate.__call__
+    monkeypatch.setattr(CompiledUpdate, "__call__", lambda *args: (calls.append(1), step(*args))[1])
+    histories = []
+    for compiled in ("true", "false"):
+        workspace.fit(
+            "--data.total_frames=220", "--trainer.log_every_n_steps=10",
+            f"--compile_optimizer={compiled}", f"--method_name=compiled_{compiled}",
+        )  # fmt: skip
+        assert len(calls) == 59  # of 60 updates; the first makes the state
+        run = workspace.records[0]  # the newest
+        assert run.data.params["compile_optimizer"] == compiled.capitalize()
+        metric = workspace.client.get_metric_history(run.info.run_id, "train/loss_qvalue")
+        histories.append([(point.step, point.value) for point in metric])
+    ours, reference = (torch.tensor(history) for history in histories)
+    assert len(ours) == 6
+    torch.testing.assert_close(ours, reference, rtol=2e-2, atol=0)

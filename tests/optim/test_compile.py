@@ -1,5 +1,7 @@
 """A compiled step: the whole in one graph, the results of eager, and no recompilation."""
 
+import copy
+
 import pytest
 import torch
 from driving import gaussian
@@ -125,4 +127,105 @@ def test_compiled_by_inductor_a_step_equals_eager():
     twin, twin_params = build()
     run(torch.compile(optimizer.step, fullgraph=True), params)
     run(twin.step, twin_params)
+    assert_equal_runs(optimizer, params, twin, twin_params, atol=1e-5)
+
+
+# ------------------------------------------------------------------ Muon.compile
+
+
+def compiled(counter, **options):
+    optimizer, params = build(**options)
+    optimizer.compile(backend=counter, fullgraph=True)
+    return optimizer, params
+
+
+def test_a_step_compiled_in_place_equals_eager_and_counts_its_steps():
+    counter = Counter()
+    optimizer, params = compiled(counter)
+    twin, twin_params = build()
+    run(optimizer.step, params)
+    run(twin.step, twin_params)
+    assert 1 <= counter.graphs <= 2
+    assert_equal_runs(optimizer, params, twin, twin_params, atol=1e-5)
+    assert [group["step"] for group in optimizer.param_groups] == [STEPS] * 4
+
+
+def test_rates_may_move_at_each_step_of_it_and_stay_numbers():
+    counter = Counter()
+    runs = []
+    for optimizer, params in (compiled(counter), build()):
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
+        for _ in range(2):
+            run(optimizer.step, params)
+            schedule.step()
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+            [0.8 * 0.02, 0.8 * 0.05, 0.8 * 1e-3, 0.8 * 3e-4], abs=1e-12
+        )
+        assert all(type(group["lr"]) is float for group in optimizer.param_groups)
+        runs.append((optimizer, params))
+    assert 1 <= counter.graphs <= 2
+    (optimizer, params), (twin, twin_params) = runs
+    assert_equal_runs(optimizer, params, twin, twin_params, atol=1e-5)
+
+
+def test_a_step_of_it_takes_a_closure_and_refuses_what_is_not_finite():
+    optimizer, params = compiled(Counter(), on_nonfinite="raise")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() for p in params)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0]
+    before = [p.detach().clone() for p in params]
+    params[0].grad.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="optimizer step 4"):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+
+
+def test_its_steps_of_a_moving_momentum_are_not_compiled():
+    delay = {"momentum_start_step": 1, "momentum_warmup_steps": 3}
+    counter, runs = Counter(), []
+    for compile_it in (True, False):
+        params = [nn.Parameter(gaussian(*shape, seed=1)) for shape in ((24, 16), (5,))]
+        groups = [
+            {"params": params[:1], **delay},
+            {"params": params[1:], "algorithm": "adamw", **delay},
+        ]
+        optimizer = Muon(groups)
+        if compile_it:
+            optimizer.compile(backend=counter)
+        for number in range(4):
+            for i, p in enumerate(params):
+                p.grad = gaussian(*p.shape, seed=100 * number + i)
+            optimizer.step()
+        assert counter.graphs == 0 or not compile_it
+        run(optimizer.step, params)
+        runs.append(params)
+    assert counter.graphs >= 1
+    for p, other in zip(*runs, strict=True):
+        torch.testing.assert_close(p, other, rtol=0, atol=1e-5)
+
+
+def test_it_goes_on_after_a_state_is_loaded_and_a_copy_is_not_compiled():
+    calls = []
+
+    def backend(graph, inputs):
+        return lambda *args: calls.append(1) or graph.forward(*args)
+
+    optimizer, params = compiled(backend)
+    run(optimizer.step, params)
+    assert len(calls) == STEPS - 1  # the first makes the state
+    optimizer.load_state_dict(optimizer.state_dict())
+    run(optimizer.step, params)
+    assert len(calls) == 2 * STEPS - 1
+    twin = copy.deepcopy(optimizer)
+    twin_params = [p for group in twin.param_groups for p in group["params"]]
+    run(twin.step, twin_params)
+    assert len(calls) == 2 * STEPS - 1
+    run(optimizer.step, params)
+    assert len(calls) == 3 * STEPS - 1
     assert_equal_runs(optimizer, params, twin, twin_params, atol=1e-5)
