@@ -54,6 +54,8 @@ def resolve_coefficients(
         triples: Sequence = COEFFICIENTS[coefficients]
     else:
         try:
+            if not isinstance(coefficients, Sequence):
+                raise TypeError("neither a list nor a tuple")
             given: list[Any] = list(coefficients)
             triples = [given] if not isinstance(given[0], Sequence) else given
             triples = [tuple(float(number) for number in triple) for triple in triples]

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from muon_rl.optim.groups import is_moving, is_scheduled, next_momentum
+
 
 class CompiledUpdate:
     """Runs an update compiled, with the groups' rates as tensors while it runs.
 
-    A graph holds numbers as constants, and a rate that moves would have it compiled anew at each
-    step. Outside, in schedulers, logs and checkpoints, rates stay what they are.
+    A graph holds numbers as constants, and one that moves would have it compiled anew at each step.
+    So rates become tensors; outside, in schedulers, logs and checkpoints, they stay what they are.
+    The first update, which makes the state, and those in which a momentum moves are not compiled.
 
     Args:
         update: reads the groups, changes parameters and state, returns nothing.
@@ -21,8 +24,10 @@ class CompiledUpdate:
     """
 
     def __init__(self, update: Callable[[], None], options: dict[str, Any]) -> None:
-        self._update = torch.compile(update, **options)
+        self._plain = update
+        self._compiled = torch.compile(update, **options)
         self._rates: list[Tensor] = []
+        self._momenta: list[float] = []
 
     def __call__(self, groups: list[dict[str, Any]]) -> None:
         """Make one update.
@@ -30,6 +35,11 @@ class CompiledUpdate:
         Args:
             groups: of the optimizer.
         """
+        momenta = [next_momentum(group) for group in groups]
+        if momenta != self._momenta or any(map(_moves, groups)):
+            self._momenta = momenta
+            self._plain()
+            return
         given = [group["lr"] for group in groups]
         for _ in range(len(self._rates), len(groups)):
             self._rates.append(torch.zeros((), dtype=torch.float64))
@@ -37,7 +47,14 @@ class CompiledUpdate:
             if not isinstance(group["lr"], Tensor):
                 group["lr"] = rate.fill_(group["lr"])
         try:
-            self._update()
+            self._compiled()
         finally:
-            for group, rate in zip(groups, given, strict=True):
-                group["lr"] = rate
+            for group, lr in zip(groups, given, strict=True):
+                group["lr"] = lr
+
+
+def _moves(group: dict[str, Any]) -> bool:
+    """Tell whether numbers of a group differ from step to step, its rate aside."""
+    # After a schedule of beta1 AdamW's decay goes on to move: it gives back what corrects the rate.
+    decays = group["algorithm"] == "adamw" and group["weight_decay"] != 0
+    return is_moving(group) or (decays and is_scheduled(group))

@@ -17,7 +17,6 @@ from muon_rl.optim.groups import (
     check_group,
     count_step,
     fill_group,
-    is_moving,
     is_scheduled,
     name_of,
 )
@@ -240,8 +239,7 @@ class Muon(torch.optim.Optimizer):
         self._refuse_sparse_gradients()
         if self.on_nonfinite != "propagate" and not self._gradients_are_finite():
             return loss
-        # The first step makes the state, which the graph is for.
-        if self._compiled is None or not self.state or any(map(is_moving, self.param_groups)):
+        if self._compiled is None:
             self._update()
         else:
             self._compiled(self.param_groups)
@@ -260,7 +258,7 @@ class Muon(torch.optim.Optimizer):
 
         It fuses the passes over memory and takes Python out, after 10 to 20 seconds at first.
         Closure and checks of the gradients stay outside, rates may move, and the first step and
-        those of a moving momentum run as they are. A copy of the optimizer is not compiled.
+        those in which a momentum moves run as they are. A copy of the optimizer is not compiled.
 
         Args:
             options: of ``torch.compile``.

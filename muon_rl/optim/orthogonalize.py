@@ -181,8 +181,8 @@ def _prefers_gram(rows: int, columns: int, dtype: torch.dtype, triples: tuple[Tr
 
 def room(
     rows: int, columns: int, dtype: torch.dtype, triples: tuple[Triple, ...]
-) -> tuple[int, int]:
-    """Return a shape that may be padded to; matrices of equal ones share a stack.
+) -> tuple[int, int, str]:
+    """Return the shape that a matrix may be padded to, and how; matrices of equals share a stack.
 
     Only small skinny matrices are padded, to less than twice their smaller side: a product of them
     costs less than its call.
@@ -194,9 +194,9 @@ def room(
         triples: one ``(a, b, c)`` a step.
     """
     if min(rows, columns) > _SMALL or not _prefers_gram(rows, columns, dtype, triples):
-        return rows, columns
+        return rows, columns, "unpadded"
     padded = 1 << (min(rows, columns) - 1).bit_length()
-    return (rows, padded) if rows > columns else (padded, columns)
+    return (rows, padded, "tall") if rows > columns else (padded, columns, "wide")
 
 
 def _polar_(x: Tensor, triples: tuple[Triple, ...], eps: float) -> None:
@@ -240,8 +240,9 @@ def orthogonalize_(stacks: Sequence[Tensor], triples: tuple[Triple, ...], eps: f
         if x.numel() == 0:
             continue
         rows, columns = x.shape[-2:]
-        if min(rows, columns) <= _SMALL and _prefers_gram(rows, columns, x.dtype, triples):
-            skinny[min(room(rows, columns, x.dtype, triples))].append(x)
+        rows, columns, form = room(rows, columns, x.dtype, triples)
+        if form != "unpadded":
+            skinny[min(rows, columns)].append(x)
         else:
             _polar_in_chunks_(x, triples, eps)
     for alike in skinny.values():

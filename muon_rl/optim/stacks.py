@@ -92,8 +92,8 @@ class Iteration(NamedTuple):
 class Layout:
     """The iterations of an optimizer, kept until its groups ask for others.
 
-    Which parameters have a gradient, their devices and dtypes and the groups' options decide; rates
-    and momenta do not, and may change at each step.
+    Which parameters have a gradient, what these are and the groups' options decide; rates and
+    momenta do not, and may change at each step.
     """
 
     def __init__(self) -> None:
@@ -111,7 +111,11 @@ class Layout:
         signature = [
             (
                 *(group[option] for option in _OPTIONS),
-                [(id(p), p.device, p.dtype) for p in group["params"] if p.grad is not None],
+                [
+                    (id(p), p.shape, p.device, p.dtype)
+                    for p in group["params"]
+                    if p.grad is not None
+                ],
             )
             for group in groups
         ]
@@ -132,7 +136,7 @@ def arrange(groups: list[dict[str, Any]]) -> list[Iteration]:
         groups: Muon groups. Of all together: an actor's matrices and its critics' are often of one
             shape.
     """
-    found: dict[tuple, dict[tuple[int, int], list[Member]]] = defaultdict(dict)
+    found: dict[tuple, dict[tuple[int, int, str], list[Member]]] = defaultdict(dict)
     for index, group in enumerate(groups):
         triples = resolve_coefficients(group["coefficients"], group["ns_steps"])
         options = (per_parameter(group, "batch_dims"), per_parameter(group, "splits"))

@@ -193,7 +193,7 @@ def test_its_steps_of_a_moving_momentum_are_not_compiled():
         params = [nn.Parameter(gaussian(*shape, seed=1)) for shape in ((24, 16), (5,))]
         groups = [
             {"params": params[:1], **delay},
-            {"params": params[1:], "algorithm": "adamw", **delay},
+            {"params": params[1:], "algorithm": "adam", **delay},
         ]
         optimizer = Muon(groups)
         if compile_it:
@@ -206,6 +206,53 @@ def test_its_steps_of_a_moving_momentum_are_not_compiled():
         run(optimizer.step, params)
         runs.append(params)
     assert counter.graphs >= 1
+    for p, other in zip(*runs, strict=True):
+        torch.testing.assert_close(p, other, rtol=0, atol=1e-5)
+
+
+def test_under_a_cycle_of_momenta_it_is_not_compiled_and_after_it_is():
+    counter, runs = Counter(), []
+    for optimizer, params in (compiled(counter), build()):
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=12)
+        for number in range(10):
+            for i, p in enumerate(params):
+                p.grad = gaussian(*p.shape, seed=100 * number + i)
+            optimizer.step()
+            cycle.step()
+        assert counter.graphs == 0 or runs
+        for group in optimizer.param_groups:
+            group.update(momentum=0.9) if "momentum" in group else group.update(betas=(0.9, 0.99))
+        run(optimizer.step, params)
+        runs.append((optimizer, params))
+    assert 1 <= counter.graphs <= 2
+    (optimizer, params), (twin, twin_params) = runs
+    assert_equal_runs(optimizer, params, twin, twin_params, atol=1e-5)
+
+
+def test_decay_after_a_delayed_beta1_does_not_compile_anew_at_each_step():
+    counter = Counter()
+    params = [nn.Parameter(gaussian(*shape, seed=1)) for shape in ((24, 16), (5,))]
+    delay = {"momentum_start_step": 1, "momentum_warmup_steps": 2}
+    optimizer = Muon(
+        [{"params": params[:1]}, {"params": params[1:], "algorithm": "adamw", **delay}]
+    )
+    optimizer.compile(backend=counter)
+    for _ in range(3):
+        run(optimizer.step, params)
+    assert counter.graphs <= 2
+
+
+def test_two_momenta_on_one_stack_equal_eager():
+    runs = []
+    for compile_it in (True, False):
+        params = [nn.Parameter(gaussian(24, 16, seed=i)) for i in range(2)]
+        optimizer = Muon(
+            [{"params": [p], "momentum": m} for p, m in zip(params, (0.5, 0.95), strict=True)]
+        )
+        if compile_it:
+            optimizer.compile(backend="eager")
+        run(optimizer.step, params)
+        runs.append(params)
     for p, other in zip(*runs, strict=True):
         torch.testing.assert_close(p, other, rtol=0, atol=1e-5)
 

@@ -8,6 +8,8 @@ from driving import assert_same_bits, clones, drive, gaussian, parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon_rl.optim import Muon, stacks
+from muon_rl.optim.coefficients import resolve_coefficients
+from muon_rl.optim.orthogonalize import room
 
 BF16 = torch.bfloat16
 
@@ -36,14 +38,15 @@ CHANGES = {
     "adjust_lr": {"adjust_lr": "match_rms_adamw"},
     "dtype": {"dtype": torch.float64},
     "splits": {"splits": 2},
+    "batch_dims": {"batch_dims": 1},
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_an_option_that_changes_in_a_run_holds_from_the_next_step_on(change):
-    start = parameters((80, 64), (80, 64))
+    start = parameters((80, 64, 2, 2), (80, 64, 2, 2))
     ours, fresh = clones(start), clones(start)
-    options = {"momentum": 0.0, "splits": 1, "dtype": torch.float32}
+    options = {"momentum": 0.0, "splits": 1, "batch_dims": 0, "dtype": torch.float32}
     optimizer = Muon([{"params": ours, **options}])
     drive(optimizer, ours, steps=2)
     optimizer.param_groups[0].update(change)
@@ -55,6 +58,20 @@ def test_an_option_that_changes_in_a_run_holds_from_the_next_step_on(change):
     assert_same_bits(ours, fresh)
     drive(Muon([{"params": unchanged, **options}]), unchanged, start=2, steps=1)
     assert not torch.equal(ours[0], unchanged[0])
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 32)], ids=str)
+def test_a_parameter_of_another_shape_is_orthogonalized_in_it(shape):
+    (p,) = params = parameters((8, 32))
+    optimizer = Muon(params, momentum=0.0, dtype=torch.float32, adjust_lr=None)
+    drive(optimizer, params, steps=1)
+    p.grad, p.data = None, gaussian(*shape)
+    optimizer.state.clear()
+    before = p.detach().clone()
+    p.grad = gaussian(*shape, seed=3)
+    optimizer.step()
+    values = torch.linalg.svdvals(p.detach() - before) / 0.02
+    assert 0.6 < values.min() < values.max() < 1.3
 
 
 def test_a_list_of_coefficients_that_is_changed_in_place_is_seen():
@@ -147,6 +164,39 @@ def test_skinny_ones_of_similar_sides_share_a_padded_stack_and_equal_each_alone(
     for p, q, before in zip(ours, alone, start, strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=1e-6)
         assert not torch.equal(p, before)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [[(64, 40), (40, 64)], [(32, 20), (20, 32), (32, 32)], [(48, 20), (48, 32)],
+     [(50, 33), (50, 64)]],
+    ids=str,
+)  # fmt: skip
+def test_skinny_ones_do_not_share_a_stack_with_a_shape_that_is_not_padded(shapes):
+    params = parameters(*shapes)
+    for p in params:
+        p.grad = gaussian(*p.shape)
+    groups = [{"params": params, "algorithm": "muon", **OPTIONS}]
+    found = [stack for iteration in stacks.arrange(groups) for stack in iteration.stacks]
+    assert sorted(stack.shape[1:] for stack in found) == sorted(shapes)
+    assert not any(stack.is_padded for stack in found)
+
+
+OPTIONS = {
+    "batch_dims": 0, "splits": 1, "coefficients": "quintic", "ns_steps": 5, "eps": 1e-7,
+    "dtype": None, "adjust_lr": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("side", "padded"), [(16, 16), (17, 32), (32, 32), (33, 64), (64, 64), (65, 65)]
+)
+def test_skinny_ones_are_padded_to_less_than_twice_their_side(side, padded):
+    triples = resolve_coefficients("quintic", 5)
+    tall, wide = ("tall", "wide") if side <= 64 else ["unpadded"] * 2
+    assert room(256, side, torch.float32, triples) == (256, padded, tall)
+    assert room(side, 256, torch.float32, triples) == (padded, 256, wide)
+    assert room(256, side, BF16, triples) == (256, side, "unpadded")
 
 
 def test_a_padded_kernel_and_fused_matrices_equal_their_matrices_apart():
