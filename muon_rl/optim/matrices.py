@@ -68,20 +68,19 @@ def _fill(parts: Sequence[Tensor], stack: Stack, moves: list[Move], state: State
             gradient, average = _gradient_and_average(member, state)
             momentum, lookahead, _, _ = moves[member.group]
             average.lerp_(gradient, 1 - momentum)
-            _write(torch.lerp(gradient, average, lookahead), part, member)
+            update = torch.lerp(gradient, average, lookahead)
+            part.copy_(_as_matrices(update, part, member))
         return
     alike: dict[tuple[float, float], list[int]] = defaultdict(list)
     for index, member in enumerate(stack.members):
         alike[moves[member.group][:2]].append(index)
     for (momentum, lookahead), indices in alike.items():
-        members = [stack.members[i] for i in indices]
+        members, views = [stack.members[i] for i in indices], [parts[i] for i in indices]
         pairs = [_gradient_and_average(member, state) for member in members]
         gradients, averages = map(list, zip(*pairs, strict=True))
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
-        for i, whole in zip(
-            indices, torch._foreach_lerp(gradients, averages, lookahead), strict=True
-        ):
-            _write(whole, parts[i], stack.members[i])
+        updates = torch._foreach_lerp(gradients, averages, lookahead)
+        torch._foreach_copy_(views, list(map(_as_matrices, updates, views, members)))
 
 
 def _gradient_and_average(member: Member, state: State) -> tuple[Tensor, Tensor]:
@@ -93,8 +92,8 @@ def _gradient_and_average(member: Member, state: State) -> tuple[Tensor, Tensor]
     return sharded.local(gradient), sharded.local(own["momentum_buffer"])
 
 
-def _write(update: Tensor, part: Tensor, member: Member) -> None:
-    """Write a parameter's update into its part of a stack, gathered where it is cut."""
+def _as_matrices(update: Tensor, part: Tensor, member: Member) -> Tensor:
+    """Return a parameter's update as its part of a stack takes it: gathered, shaped, in range."""
     if member.is_cut:
         # Every process has the same stack then.
         update = sharded.gather(update, member.parameter, part.dtype)
@@ -103,7 +102,7 @@ def _write(update: Tensor, part: Tensor, member: Member) -> None:
     if member.is_large:
         # Polar factors do not tell the scale.
         update = scaled_down(update, part.dtype)
-    part.copy_(update)
+    return update
 
 
 def _apply(parts: Sequence[Tensor], stack: Stack, moves: list[Move]) -> None:
