@@ -205,14 +205,18 @@ def _polar_(x: Tensor, triples: tuple[Triple, ...], eps: float) -> None:
     if _prefers_gram(rows, columns, x.dtype, triples):
         _iterate_gram([_normalize(x, eps)], [x], triples)
         return
-    # The iteration goes to and fro: it begins where it has to for its end to be x.
+    # A compiler pays for each write into a part of a stack with a copy of all of it.
+    end = torch.empty_like(x) if torch.compiler.is_compiling() else x
+    # The iteration goes to and fro: it begins where it has to for its end to be there.
     other = torch.empty_like(x)
-    first, second = (other, x) if len(triples) % 2 else (x, other)
+    first, second = (other, end) if len(triples) % 2 else (end, other)
     _normalize(x, eps, out=first)
     if len(x) == 1:
         # One matrix goes 2-D: quicker, and the kernels, hence the bits, of torch.optim.Muon.
         first, second = first[0], second[0]
     _iterate(first, second, triples)
+    if end is not x:
+        x.copy_(end)
 
 
 def _polar_in_chunks_(x: Tensor, triples: tuple[Triple, ...], eps: float) -> None:
