@@ -33,9 +33,9 @@ def build(**options):
     return Muon(groups, weight_decay=0.1, **options), params
 
 
-def run(step, params, *, idle=()):
+def run(step, params, *, idle=(), steps=STEPS):
     """Step with gradients that depend on the step and the parameter; ``idle`` ones have none."""
-    for number in range(STEPS):
+    for number in range(steps):
         for i, p in enumerate(params):
             p.grad = None if i in idle else gaussian(*p.shape, seed=100 * number + i)
         step()
@@ -198,10 +198,7 @@ def test_its_steps_of_a_moving_momentum_are_not_compiled():
         optimizer = Muon(groups)
         if compile_it:
             optimizer.compile(backend=counter)
-        for number in range(4):
-            for i, p in enumerate(params):
-                p.grad = gaussian(*p.shape, seed=100 * number + i)
-            optimizer.step()
+        run(optimizer.step, params, steps=4)
         assert counter.graphs == 0 or not compile_it
         run(optimizer.step, params)
         runs.append(params)
