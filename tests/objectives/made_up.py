@@ -216,6 +216,14 @@ class Toy:
         value = torch.linalg.solve(torch.eye(3) - self.gamma * transition[:, :3], mean)
         self.value = torch.cat([value, torch.zeros(1)])
 
+    def optimal(self) -> torch.Tensor:
+        """Return the values of all actions ``(3, 2)`` under the best policy, by value iteration."""
+        value = torch.zeros(4)
+        for _ in range(500):
+            action_value = self.reward + self.gamma * value[self.following]
+            value[:3] = action_value.amax(-1)
+        return action_value
+
     def data(self, batch: int, steps: int, limit: int = 1000) -> TensorDict:
         """Return sequences of random actions; episodes are truncated after ``limit`` steps."""
         state, age, rows = torch.randint(3, (batch,)), torch.zeros(batch), []
