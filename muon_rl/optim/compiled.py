@@ -12,10 +12,11 @@ from muon_rl.optim.groups import is_moving, is_scheduled, next_momentum
 
 
 class CompiledUpdate:
-    """Runs an update compiled, with the groups' rates as tensors while it runs.
+    """Runs an update compiled, with the groups' rates as tensors while it runs, and no count.
 
-    A graph holds numbers as constants, and one that moves would have it compiled anew at each step.
-    So rates become tensors; outside, in schedulers, logs and checkpoints, they stay what they are.
+    A graph holds numbers as constants, and one that moves would have it compiled anew. So rates
+    become tensors, and counts of steps, which no update reads, stand at 0; outside, in schedulers,
+    logs and checkpoints, they stay what they are.
     The first update, which makes the state, and those in which a momentum moves are not compiled.
 
     Args:
@@ -40,17 +41,18 @@ class CompiledUpdate:
             self._momenta = momenta
             self._plain()
             return
-        given = [group["lr"] for group in groups]
+        given = [(group["lr"], group["step"]) for group in groups]
         for _ in range(len(self._rates), len(groups)):
             self._rates.append(torch.zeros((), dtype=torch.float64))
         for group, rate in zip(groups, self._rates, strict=False):
             if not isinstance(group["lr"], Tensor):
                 group["lr"] = rate.fill_(group["lr"])
+            group["step"] = 0
         try:
             self._compiled()
         finally:
-            for group, lr in zip(groups, given, strict=True):
-                group["lr"] = lr
+            for group, (lr, step) in zip(groups, given, strict=True):
+                group["lr"], group["step"] = lr, step
 
 
 def _moves(group: dict[str, Any]) -> bool:

@@ -145,7 +145,7 @@ def test_a_step_compiled_in_place_equals_eager_and_counts_its_steps():
     twin, twin_params = build()
     run(optimizer.step, params)
     run(twin.step, twin_params)
-    assert 1 <= counter.graphs <= 2
+    assert counter.graphs == 1
     assert_equal_runs(optimizer, params, twin, twin_params, atol=1e-5)
     assert [group["step"] for group in optimizer.param_groups] == [STEPS] * 4
 
@@ -163,7 +163,7 @@ def test_rates_may_move_at_each_step_of_it_and_stay_numbers():
         )
         assert all(type(group["lr"]) is float for group in optimizer.param_groups)
         runs.append((optimizer, params))
-    assert 1 <= counter.graphs <= 2
+    assert counter.graphs == 1
     (optimizer, params), (twin, twin_params) = runs
     assert_equal_runs(optimizer, params, twin, twin_params, atol=1e-5)
 
@@ -202,7 +202,7 @@ def test_its_steps_of_a_moving_momentum_are_not_compiled():
         assert counter.graphs == 0 or not compile_it
         run(optimizer.step, params)
         runs.append(params)
-    assert counter.graphs >= 1
+    assert 1 <= counter.graphs <= 2  # the count of a delayed beta1 goes on
     for p, other in zip(*runs, strict=True):
         torch.testing.assert_close(p, other, rtol=0, atol=1e-5)
 
@@ -221,7 +221,7 @@ def test_under_a_cycle_of_momenta_it_is_not_compiled_and_after_it_is():
             group.update(momentum=0.9) if "momentum" in group else group.update(betas=(0.9, 0.99))
         run(optimizer.step, params)
         runs.append((optimizer, params))
-    assert 1 <= counter.graphs <= 2
+    assert counter.graphs == 1
     (optimizer, params), (twin, twin_params) = runs
     assert_equal_runs(optimizer, params, twin, twin_params, atol=1e-5)
 
