@@ -25,6 +25,10 @@ class CompiledUpdate:
     """
 
     def __init__(self, update: Callable[[], None], options: dict[str, Any]) -> None:
+        if options.get("backend", "inductor") == "inductor" and options.get("mode") is None:
+            # Dynamo has looked at all sizes: a look again at each costs 1% of a small step.
+            inductor = {"size_asserts": False, **(options.get("options") or {})}
+            options = {**options, "options": inductor}
         self._plain = update
         self._compiled = torch.compile(update, **options)
         self._rates: list[Tensor] = []
