@@ -59,7 +59,7 @@ class RecipeParser(LightningArgumentParser):
             "--compile_optimizer",
             type=bool,
             default=False,
-            help="Whether torch.compile takes the optimizer's step: 10 to 20 seconds at first, "
+            help="Whether torch.compile takes the optimizer's step: 15 to 30 seconds at first, "
             "then steps on many small matrices are shorter.",
         )
         self.link_arguments("env", "data.init_args.env", apply_on="instantiate")

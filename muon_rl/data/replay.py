@@ -31,7 +31,8 @@ class ReplayData(AgentData):
             games that step together in one (rounded up to one); the updates they allow follow.
         n_steps: rewards that a transition sums, discounted, before it bootstraps; 1 is plain
             temporal difference. Episodes' ends cut the sum short.
-        eval_every: frames between two evaluations; another one ends the run.
+        eval_every: frames between two evaluations, of which the random frames have none; another
+            one ends the run.
         eval_episodes: episodes of an evaluation.
         eval_seed: seed of an evaluation's first episode.
         eval_sampled: whether evaluation draws its actions from the policy; the metrics of the

@@ -256,7 +256,7 @@ class Muon(torch.optim.Optimizer):
     def compile(self, **options: Any) -> None:
         """Compile the update of each step from here on, as ``nn.Module.compile`` does a forward.
 
-        It fuses the passes over memory and takes Python out, after 10 to 20 seconds at first.
+        It fuses the passes over memory and takes Python out, after 15 to 30 seconds at first.
         Closure and checks of the gradients stay outside, rates may move, and the first step and
         those in which a momentum moves run as they are. A copy of the optimizer is not compiled.
 

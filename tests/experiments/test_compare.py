@@ -205,6 +205,17 @@ def test_of_a_doubled_seed_the_newest_finished_run_counts(store):
     assert "seed 3 twice: the newest finished run counts" in row["remarks"]
 
 
+def test_points_of_a_sweep_that_fall_into_one_group_are_told_apart_by_a_key(store):
+    for point in ("lr=0.01", "lr=0.02"):
+        for seed in (0, 1):
+            store.run([1.0], seed=seed, tags={"optimizer": "muon", "point": point})
+    words = "2 points of a sweep in one: --group-by point parts them"
+    assert words in store.compare()["muon"]["remarks"]
+    rows = store.compare("--group-by", "point")
+    assert len(rows) == 2
+    assert not any("--group-by" in row["remarks"] for row in rows.values())
+
+
 def test_a_seed_may_be_a_tag_or_a_param_or_missing(store):
     tags = {"optimizer": "muon"}
     store.run([1.0], seed=None, params={"seed": 7}, tags=tags)
