@@ -168,6 +168,26 @@ def test_rates_may_move_at_each_step_of_it_and_stay_numbers():
     assert_equal_runs(optimizer, params, twin, twin_params, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ({}, {"options": {"size_asserts": False}}),
+        ({"fullgraph": True}, {"fullgraph": True, "options": {"size_asserts": False}}),
+        ({"options": {"size_asserts": True}}, {"options": {"size_asserts": True}}),
+        ({"options": {"cpp_wrapper": True}},
+         {"options": {"size_asserts": False, "cpp_wrapper": True}}),
+        ({"mode": "reduce-overhead"}, {"mode": "reduce-overhead"}),  # torch takes one of the two
+        ({"backend": "eager"}, {"backend": "eager"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_of_the_compiler_are_passed_on(given, passed, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda update, **options: seen.append(options))
+    build()[0].compile(**given)
+    assert seen == [passed]
+
+
 def test_a_step_of_it_takes_a_closure_and_refuses_what_is_not_finite():
     optimizer, params = compiled(Counter(), on_nonfinite="raise")
 
