@@ -166,6 +166,11 @@ class MLflow(MLFlowLogger):
                 client.log_batch(self.run_id, params=new[start : start + 100])
 
     @rank_zero_only
+    def save(self) -> None:
+        """Write what is queued: from here on a killed process has lost none of it."""
+        self._wait()
+
+    @rank_zero_only
     def finalize(self, status: str = "success") -> None:
         """Write what is queued and set the run's status: FINISHED, FAILED or KILLED.
 

@@ -58,12 +58,14 @@ class Checkpoints(ModelCheckpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the best checkpoint if it is one, and the last in any case."""
+        _write_logs(trainer)
         super().on_validation_end(trainer, pl_module)
         # Lightning would save a last checkpoint only beside a better one.
         self._save_last(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last checkpoint."""
+        _write_logs(trainer)
         self._save_last(trainer)
 
     def on_exception(
@@ -89,3 +91,9 @@ class Checkpoints(ModelCheckpoint):
                 trainer.save_checkpoint(self.last_path)
             self.last_model_path = str(self.last_path)
             self.saved_frames = frames
+
+
+def _write_logs(trainer: L.Trainer) -> None:
+    """Have loggers write what they hold: a resumed run logs nothing older than its checkpoint."""
+    for logger in trainer.loggers:
+        logger.save()
