@@ -122,10 +122,15 @@ def test_a_delayed_momentum_equals_eager():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 @pytest.mark.slow
-def test_compiled_by_inductor_a_step_equals_eager():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_by_inductor_a_step_equals_eager(in_place):
     optimizer, params = build()
     twin, twin_params = build()
-    run(torch.compile(optimizer.step, fullgraph=True), params)
+    if in_place:
+        optimizer.compile(fullgraph=True)
+        run(optimizer.step, params)
+    else:
+        run(torch.compile(optimizer.step, fullgraph=True), params)
     run(twin.step, twin_params)
     assert_equal_runs(optimizer, params, twin, twin_params, atol=1e-5)
 
