@@ -89,7 +89,7 @@ def _left_out(group: Group, options: Options) -> Iterator[str]:
             times = seeds.count(seed) + 1
             often = "twice" if times == 2 else f"{times} times"
             yield f"seed {seed} {often}{of}: the newest finished run counts"
-    points = {run.values.get("point") for run in group.runs}
+    points = {run.values["point"] for run in group.runs if "point" in run.values}
     if group.doubled and len(points) > 1 and "point" not in options.group_by:
         yield f"{_count(len(points), 'point')} of a sweep in one: --group-by point parts them"
     if unnamed := [one for one in group.counted if one.run.seed is None]:

@@ -21,7 +21,7 @@ class CompiledUpdate:
 
     Args:
         update: reads the groups, changes parameters and state, returns nothing.
-        options: of ``torch.compile``.
+        options: of ``torch.compile``; inductor's ``size_asserts`` is off unless it is given.
     """
 
     def __init__(self, update: Callable[[], None], options: dict[str, Any]) -> None:

@@ -209,10 +209,11 @@ def test_points_of_a_sweep_that_fall_into_one_group_are_told_apart_by_a_key(stor
     for point in ("lr=0.01", "lr=0.02"):
         for seed in (0, 1):
             store.run([1.0], seed=seed, tags={"optimizer": "muon", "point": point})
+    store.run([1.0], seed=2, tags={"optimizer": "muon"})  # of no sweep
     words = "2 points of a sweep in one: --group-by point parts them"
     assert words in store.compare()["muon"]["remarks"]
     rows = store.compare("--group-by", "point")
-    assert len(rows) == 2
+    assert len(rows) == 3
     assert not any("--group-by" in row["remarks"] for row in rows.values())
 
 
