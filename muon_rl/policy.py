@@ -9,6 +9,7 @@ import yaml
 from tensordict.nn import TensorDictModuleBase
 
 from muon_rl.agent import Agent
+from muon_rl.callbacks import policy_average
 from muon_rl.cli import ConfigError, recipes, runs
 from muon_rl.cli.parser import RecipeParser
 from muon_rl.envs import EnvFactory
@@ -18,7 +19,8 @@ def load_policy(path: str | Path) -> TensorDictModuleBase:
     """Load the policy of a checkpoint that ``muon-rl fit`` saved.
 
     The checkpoint holds its recipe as text, and is read without running code from it; classes of
-    your own that the recipe names must be importable.
+    your own that the recipe names must be importable. Where the run averaged its policy
+    (``policy_average.enabled``), the average is what was evaluated, and what is loaded.
 
     Args:
         path: of the checkpoint: ``best.ckpt`` or ``last.ckpt``.
@@ -50,4 +52,6 @@ def load_policy(path: str | Path) -> TensorDictModuleBase:
     except ConfigError as error:
         raise ValueError(str(error)) from error
     agent.load_state_dict(checkpoint["state_dict"])
+    if average := policy_average.averaged(checkpoint):
+        policy_average.put(average, agent.policy)
     return agent.policy.eval()

@@ -6,9 +6,10 @@ from muon_rl.callbacks.effective_rank import EffectiveRank
 from muon_rl.callbacks.film import Film
 from muon_rl.callbacks.graceful_stop import GracefulStop
 from muon_rl.callbacks.loss_health import LossHealth, RedFlagError
+from muon_rl.callbacks.policy_average import PolicyAverage
 from muon_rl.callbacks.progress import FramesProgressBar
 
 __all__ = [
     "Checkpoints", "CompiledOptimizer", "EffectiveRank", "Film", "FramesProgressBar",
-    "GracefulStop", "LossHealth", "RedFlagError",
+    "GracefulStop", "LossHealth", "PolicyAverage", "RedFlagError",
 ]  # fmt: skip

@@ -13,14 +13,15 @@ from torch.optim import lr_scheduler
 
 from muon_rl import modules
 from muon_rl.agent import Agent
-from muon_rl.callbacks import Checkpoints, EffectiveRank, LossHealth
+from muon_rl.callbacks import Checkpoints, EffectiveRank, LossHealth, PolicyAverage
 from muon_rl.cli.parts import concrete_subclasses, hints_of, own_parts
 from muon_rl.data import AgentData
 from muon_rl.envs import EnvFactory
 
 TOP = (
-    "env", "data", "model", "trainer", "checkpoint", "effective_rank", "loss_health", "method_name",
-    "seed_everything", "ckpt_path", "matmul_precision", "compile_optimizer", "config",
+    "env", "data", "model", "trainer", "checkpoint", "effective_rank", "loss_health",
+    "policy_average", "method_name", "seed_everything", "ckpt_path", "matmul_precision",
+    "compile_optimizer", "config",
 )  # fmt: skip
 SUBCOMMANDS = ("fit", "validate")
 
@@ -171,6 +172,7 @@ def _vocabulary() -> Iterator[tuple[str, tuple[str, ...]]]:
     yield from _keys(Checkpoints, seen)
     yield from _keys(EffectiveRank, seen)
     yield from _keys(LossHealth, seen)
+    yield from _keys(PolicyAverage, seen)
     yield from _keys(L.Trainer, seen)
 
 

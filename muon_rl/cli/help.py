@@ -14,7 +14,7 @@ import lightning as L
 import yaml
 
 from muon_rl.agent import Agent
-from muon_rl.callbacks import Checkpoints, EffectiveRank, LossHealth
+from muon_rl.callbacks import Checkpoints, EffectiveRank, LossHealth, PolicyAverage
 from muon_rl.cli.parts import concrete_subclasses, hints_of, own_parts
 from muon_rl.data import AgentData
 from muon_rl.envs import EnvFactory
@@ -61,9 +61,13 @@ def render(command: str, config: dict[str, Any] | None) -> str:
     rows = [(name, text, config.get(name)) for name, text in TOP_KEYS.items()]
     lines += ["the run", *_table(rows), ""]
     lines += _section("checkpoint: Checkpoints", Checkpoints, "checkpoint", {})
-    for key, watching in (("effective_rank", EffectiveRank), ("loss_health", LossHealth)):
+    for key, callback in (
+        ("effective_rank", EffectiveRank),
+        ("loss_health", LossHealth),
+        ("policy_average", PolicyAverage),
+    ):
         given = config.get(key) or {}
-        lines += _section(f"{key}: {watching.__name__}", watching, key, given)
+        lines += _section(f"{key}: {callback.__name__}", callback, key, given)
     lines += _section("trainer: Lightning's Trainer", L.Trainer, "trainer", {})
     return "\n".join(lines) + TAIL
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from muon_rl.callbacks import Checkpoints, EffectiveRank, LossHealth
+from muon_rl.callbacks import Checkpoints, EffectiveRank, LossHealth, PolicyAverage
 from muon_rl.cli import ConfigError
 from muon_rl.cli.errors import explain
 from muon_rl.envs import EnvFactory
@@ -41,6 +41,7 @@ class RecipeParser(LightningArgumentParser):
         self.add_lightning_class_args(Checkpoints, "checkpoint")
         self.add_lightning_class_args(EffectiveRank, "effective_rank")
         self.add_lightning_class_args(LossHealth, "loss_health")
+        self.add_lightning_class_args(PolicyAverage, "policy_average")
         self.add_argument(
             "--method_name",
             type=str | None,

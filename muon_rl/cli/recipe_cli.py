@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +31,6 @@ TRAINER_DEFAULTS = {
 }
 
 
-def command_without_checkpoint(arguments: list[str]) -> str:
-    """Return the command line, quoted for a shell, for a ``--ckpt_path`` to be put behind it.
-
-    Args:
-        arguments: of the command line; ``--ckpt_path=X`` and ``--ckpt_path X`` are left out.
-
-    Example:
-        >>> command_without_checkpoint(["fit", "--ckpt_path", "last", "--model.actor={a: 3}"])
-        "muon-rl fit '--model.actor={a: 3}'"
-    """
-    kept = [
-        word
-        for before, word in pairwise(["", *arguments])
-        if before != "--ckpt_path" and word.partition("=")[0] != "--ckpt_path"
-    ]
-    return shlex.join(["muon-rl", *kept])
-
-
 class RecipeCLI(LightningCLI):
     """Parses a recipe, makes its parts and runs them.
 
@@ -66,7 +46,6 @@ class RecipeCLI(LightningCLI):
         self.stop = GracefulStop()
         self.checkpoint: dict[str, Any] | None = None
         self.checkpoint_path: Path | None = None
-        self.command = command_without_checkpoint(arguments)
         sys.argv = sys.argv[:1]
         super().__init__(
             Agent,
@@ -164,9 +143,12 @@ class RecipeCLI(LightningCLI):
             )
         self._find_checkpoint(optimizer)
         callbacks: list[Callback] = [*(trainer.pop("callbacks") or [])]
+        config = self.config_init[self.subcommand]
+        average = config.policy_average
         if self.subcommand == "fit":
+            if average.enabled:  # before those that may stop the run after an update
+                callbacks.append(average)
             callbacks += [self.checkpoints, self.stop, self._record(), Film()]
-            config = self.config_init[self.subcommand]
             if config.effective_rank.enabled:
                 config.effective_rank.check(self.model.loss, self.datamodule)
                 callbacks.append(config.effective_rank)
@@ -174,6 +156,9 @@ class RecipeCLI(LightningCLI):
                 callbacks.append(config.loss_health)
             if config.compile_optimizer:
                 callbacks.append(CompiledOptimizer())
+        elif saved := self.checkpoint["callbacks"].get(average.state_key):
+            average.load_state_dict(saved)  # Lightning restores callbacks in a fit only
+            callbacks.append(average)
         # Lightning refuses enable_progress_bar=false beside a bar among the callbacks.
         if self.subcommand == "fit" and trainer["enable_progress_bar"] is not False:
             callbacks.append(FramesProgressBar())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import sys
 import warnings
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> None:
         was_stopped = isinstance(stop, (SIGTERMException, KeyboardInterrupt))
         if not was_stopped and not (cli and cli.stop.interrupted):
             raise
-        end_stopped(cli, isinstance(stop, KeyboardInterrupt))
+        end_stopped(cli, arguments, isinstance(stop, KeyboardInterrupt))
 
 
 def quieten() -> None:
@@ -78,17 +79,36 @@ def config_paths(arguments: list[str]) -> list[str]:
     return paths + [w.removeprefix("--config=") for w in arguments if w.startswith("--config=")]
 
 
-def end_stopped(cli: RecipeCLI | None, by_keyboard: bool) -> NoReturn:
+def command_without_checkpoint(arguments: list[str]) -> str:
+    """Return the command line, quoted for a shell, for a ``--ckpt_path`` to be put behind it.
+
+    Args:
+        arguments: of the command line; ``--ckpt_path=X`` and ``--ckpt_path X`` are left out.
+
+    Example:
+        >>> command_without_checkpoint(["fit", "--ckpt_path", "last", "--model.actor={a: 3}"])
+        "muon-rl fit '--model.actor={a: 3}'"
+    """
+    kept = [
+        word
+        for before, word in pairwise(["", *arguments])
+        if before != "--ckpt_path" and word.partition("=")[0] != "--ckpt_path"
+    ]
+    return shlex.join(["muon-rl", *kept])
+
+
+def end_stopped(cli: RecipeCLI | None, arguments: list[str], by_keyboard: bool) -> NoReturn:
     """Say how to go on after a stop, and exit as the signal demands.
 
     Args:
         cli: the command that was stopped, if it had begun.
+        arguments: of its command line.
         by_keyboard: whether Ctrl-C ended it; the command knows of one that it took over itself.
     """
     if cli and cli.checkpoints.saved_frames is not None:
         sys.stderr.write(
             f"Stopped; {cli.checkpoints.saved_frames:,} frames are saved. To go on:\n"
-            f"  {cli.command} --ckpt_path={cli.checkpoints.last_path}\n"
+            f"  {command_without_checkpoint(arguments)} --ckpt_path={cli.checkpoints.last_path}\n"
         )
     else:
         sys.stderr.write("Stopped; nothing was saved.\n")
