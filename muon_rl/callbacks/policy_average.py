@@ -39,7 +39,7 @@ class PolicyAverage(Callback):
     Source: Polyak and Juditsky 1992; Tarvainen and Valpola 2017, arXiv:1703.01780, equation 2.
     """
 
-    def __init__(self, enabled: bool = False, decay: float = 0.998) -> None:
+    def __init__(self, enabled: bool = False, decay: float = 0.999) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"policy_average.decay must be in [0, 1), but is {decay}.")
         self.enabled = enabled

@@ -144,10 +144,10 @@ class RecipeCLI(LightningCLI):
         self._find_checkpoint(optimizer)
         callbacks: list[Callback] = [*(trainer.pop("callbacks") or [])]
         config = self.config_init[self.subcommand]
-        average = config.policy_average
+        # First: others may stop the run after an update. Validation takes what a checkpoint brings.
+        if config.policy_average.enabled or self.subcommand == "validate":
+            callbacks.append(config.policy_average)
         if self.subcommand == "fit":
-            if average.enabled:  # before those that may stop the run after an update
-                callbacks.append(average)
             callbacks += [self.checkpoints, self.stop, self._record(), Film()]
             if config.effective_rank.enabled:
                 config.effective_rank.check(self.model.loss, self.datamodule)
@@ -156,9 +156,6 @@ class RecipeCLI(LightningCLI):
                 callbacks.append(config.loss_health)
             if config.compile_optimizer:
                 callbacks.append(CompiledOptimizer())
-        elif saved := self.checkpoint["callbacks"].get(average.state_key):
-            average.load_state_dict(saved)  # Lightning restores callbacks in a fit only
-            callbacks.append(average)
         # Lightning refuses enable_progress_bar=false beside a bar among the callbacks.
         if self.subcommand == "fit" and trainer["enable_progress_bar"] is not False:
             callbacks.append(FramesProgressBar())
