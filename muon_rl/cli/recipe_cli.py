@@ -144,7 +144,7 @@ class RecipeCLI(LightningCLI):
         self._find_checkpoint(optimizer)
         callbacks: list[Callback] = [*(trainer.pop("callbacks") or [])]
         config = self.config_init[self.subcommand]
-        # First: others may stop the run after an update. Validation takes what a checkpoint brings.
+        # Before those that may stop the run after an update; a validation plays what was saved.
         if config.policy_average.enabled or self.subcommand == "validate":
             callbacks.append(config.policy_average)
         if self.subcommand == "fit":
