@@ -115,7 +115,8 @@ def _explain_key(found: re.Match[str], keys: Collection[str]) -> str:
     flag = (found["flag"] or "").lstrip("-").partition("=")[0]
     group = found["group"] if found["group"] not in (None, *SUBCOMMANDS) else ""
     key = ".".join(part for part in (group, flag or found["key"] or found["option"]) if part)
-    at_top = bool(flag) or found["group"] in SUBCOMMANDS
+    # A class's own parser too calls a key an unrecognized argument.
+    at_top = found["group"] in SUBCOMMANDS or (bool(flag) and {"data", "model"} <= set(keys))
     vocabulary = dict(_vocabulary())
     parts = [part for part in key.split(".") if part != "init_args"]
     if at_top and parts[0] not in (*TOP, *_words(vocabulary)):

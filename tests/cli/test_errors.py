@@ -36,6 +36,8 @@ def message_of(capsys, arguments: list[str]) -> str:
             ["--model.optimizer.critc.case=adam"],
             ["'model.optimizer.critc.case'", "did you mean critic?", "actor, critic, alpha"],
         ),
+        (["--model.optimzer.critic.case=adam"], ["model.optimzer.critic.case'", "mean optimizer?"]),
+        (["--data.optimizer.critic.case=adamw"], ["'data.optimizer.critic.case'", "SACData takes"]),
         (["--model.optimizer.critic.muon.lrr=1"], ["critic.muon.lrr'", "did you mean lr?"]),
         (["--model.optimizer.critic.case=sgd"], ["critic.case", "muon or adamw or adam", "'sgd'"]),
         (["--model.optimizer.critic.lr=high"], ["critic.lr must be float", "'high'"]),
