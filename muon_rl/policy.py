@@ -15,15 +15,16 @@ from muon_rl.cli.parser import RecipeParser
 from muon_rl.envs import EnvFactory
 
 
-def load_policy(path: str | Path) -> TensorDictModuleBase:
+def load_policy(path: str | Path, *, averaged: bool = True) -> TensorDictModuleBase:
     """Load the policy of a checkpoint that ``muon-rl fit`` saved.
 
     The checkpoint holds its recipe as text, and is read without running code from it; classes of
-    your own that the recipe names must be importable. Where the run averaged its policy
-    (``policy_average.enabled``), the average is what was evaluated, and what is loaded.
+    your own that the recipe names must be importable.
 
     Args:
         path: of the checkpoint: ``best.ckpt`` or ``last.ckpt``.
+        averaged: whether to load the average over the updates where the run kept one
+            (``policy_average.enabled``): it is what was evaluated. Else the policy as it trained.
 
     Returns:
         A TensorDictModule in evaluation mode that reads ``observation`` ``(*batch, …)`` and writes
@@ -52,6 +53,7 @@ def load_policy(path: str | Path) -> TensorDictModuleBase:
     except ConfigError as error:
         raise ValueError(str(error)) from error
     agent.load_state_dict(checkpoint["state_dict"])
-    if average := policy_average.averaged(checkpoint):
+    average = policy_average.averaged(checkpoint)
+    if averaged and average:
         policy_average.put(average, agent.policy)
     return agent.policy.eval()

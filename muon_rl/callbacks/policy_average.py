@@ -24,7 +24,8 @@ class PolicyAverage(Callback):
     so that it is the plain mean at first, and later that of about the last 1/(1 - d) updates. It
     plays the evaluations; :func:`muon_rl.load_policy` and ``muon-rl validate`` take it from the
     checkpoint. What trains, acts in training and goes on in a resume is the policy itself: training
-    is the same, bit by bit, without an average.
+    is the same, bit by bit, without an average. Buffers stay the policy's own: with a spectral
+    norm, whose vectors follow the trained weights, the norms of an average are only near 1.
 
     Lightning's ``EMAWeightAveraging`` (2.6.6) would average all of the agent, and cannot copy a
     TorchRL loss, whose copy has its parameters in another order.
@@ -57,7 +58,8 @@ class PolicyAverage(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Move the average towards what the update has made, if this batch ended one."""
-        if trainer.global_step == self._last_step:  # gradients were accumulated
+        # An update may take several batches, whose gradients are accumulated.
+        if not self.enabled or trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
         self._updates += 1
@@ -87,6 +89,15 @@ class PolicyAverage(Callback):
     ) -> None:
         """Do so too if an evaluation breaks: a checkpoint may follow."""
         self.on_validation_epoch_end(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """See that a checkpoint in the middle of an evaluation holds the trained policy."""
+        if self._trained is not None:
+            put(self._trained, pl_module.policy)
+            checkpoint["state_dict"] = {k: x.clone() for k, x in pl_module.state_dict().items()}
+            put(self._average, pl_module.policy)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average and over how many updates it is."""

@@ -15,7 +15,13 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from muon_rl.agent import Agent
-from muon_rl.callbacks import CompiledOptimizer, Film, FramesProgressBar, GracefulStop
+from muon_rl.callbacks import (
+    CompiledOptimizer,
+    Film,
+    FramesProgressBar,
+    GracefulStop,
+    PolicyAverage,
+)
 from muon_rl.cli import ConfigError, names, recipes, record, runs
 from muon_rl.cli.errors import root_of
 from muon_rl.cli.parser import RecipeParser
@@ -46,7 +52,7 @@ class RecipeCLI(LightningCLI):
         self.stop = GracefulStop()
         self.checkpoint: dict[str, Any] | None = None
         self.checkpoint_path: Path | None = None
-        sys.argv = sys.argv[:1]
+        sys.argv = sys.argv[:1]  # Lightning warns of arguments in both places
         super().__init__(
             Agent,
             AgentData,
@@ -60,6 +66,7 @@ class RecipeCLI(LightningCLI):
             load_from_checkpoint_support=False,
             save_config_callback=None,
         )
+        sys.argv += arguments  # DDP starts its other processes by them
 
     # -- parsing -------------------------------------------------------------------------------
 
@@ -144,9 +151,10 @@ class RecipeCLI(LightningCLI):
         self._find_checkpoint(optimizer)
         callbacks: list[Callback] = [*(trainer.pop("callbacks") or [])]
         config = self.config_init[self.subcommand]
-        # Before those that may stop the run after an update; a validation plays what was saved.
-        if config.policy_average.enabled or self.subcommand == "validate":
-            callbacks.append(config.policy_average)
+        averages = config.policy_average.enabled or self.subcommand == "validate"
+        if averages and not any(isinstance(given, PolicyAverage) for given in callbacks):
+            # First, before any that may stop the run after an update.
+            callbacks.insert(0, config.policy_average)
         if self.subcommand == "fit":
             callbacks += [self.checkpoints, self.stop, self._record(), Film()]
             if config.effective_rank.enabled:
@@ -183,7 +191,7 @@ class RecipeCLI(LightningCLI):
         self.checkpoint_path = path
         runs.check_fit(self.checkpoint, self.model.state_dict(), path)
         if optimizer is not None:
-            runs.check_schedule(self.checkpoint, self._config_text)
+            runs.check_kept(self.checkpoint, self._config_text)
             runs.check_optimizer(self.checkpoint, optimizer)
             # Lightning keeps a data module's state under its class's name.
             state = self.checkpoint.get(type(self.datamodule).__qualname__, {})
@@ -224,7 +232,8 @@ class RecipeCLI(LightningCLI):
         self.trainer.fit(
             self.model, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True
         )
-        self._summarize(folder, loggers)
+        if self.trainer.is_global_zero:
+            self._summarize(folder, loggers)
 
     def _validate(self) -> None:
         """Play one evaluation and print its means."""

@@ -159,22 +159,35 @@ def moving(group: dict[str, Any]) -> set[str]:
     return {"params", "momentum_step", "step"} | cycled
 
 
-def check_schedule(checkpoint: dict[str, Any], config: str) -> None:
-    """Raise if a config's learning-rate schedule is not the one that a resumed run goes on with.
+def check_kept(checkpoint: dict[str, Any], config: str) -> None:
+    """Raise if a config's learning-rate schedule or average is not the resumed run's.
 
     Args:
         checkpoint: as :func:`load_checkpoint` returns it.
-        config: the resolved config, as YAML; the checkpoint's settings would win over its own.
+        config: the resolved config, as YAML. The checkpoint's schedule would win over its own, and
+            evaluations of two policies would share a curve.
 
     Raises:
-        ConfigError: if they differ.
+        ConfigError: if one differs.
     """
-    old, new = (
-        yaml.safe_load(text)["model"].get("init_args", {}).get("anneal_lr", False)
-        for text in (checkpoint["muon_rl"]["config"], config)
+    before, now = (
+        _kept(yaml.safe_load(text)) for text in (checkpoint["muon_rl"]["config"], config)
     )
-    if old != new:
-        raise ConfigError(
-            f"model.anneal_lr is {old} in the checkpoint and {new} in this config: a resumed run "
-            "keeps its schedule; begin a fresh one to change it."
-        )
+    for key, value in now.items():
+        if (kept := before[key]) != value:
+            what = "schedule" if key == "model.anneal_lr" else "average"
+            raise ConfigError(
+                f"{key} is {kept} in the checkpoint and {value} in this config: a resumed run "
+                f"keeps its {what}; begin a fresh one to change it."
+            )
+
+
+def _kept(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a config a resumed run keeps, by key."""
+    # Saved before there was an average, a config has none.
+    average = config.get("policy_average") or {"enabled": False}
+    return {
+        "model.anneal_lr": config["model"].get("init_args", {}).get("anneal_lr", False),
+        "policy_average.enabled": average["enabled"],
+        "policy_average.decay": average["decay"] if average["enabled"] else None,
+    }

@@ -10,6 +10,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 import muon_rl
 from muon_rl.callbacks import PolicyAverage
+from muon_rl.cli import main
 from muon_rl.cli.recipe_cli import RecipeCLI
 from muon_rl.cli.training import with_recipe_paths
 from muon_rl.envs import DMControl, Gym
@@ -31,19 +32,27 @@ def equal(ours, theirs) -> bool:
 
 
 class Recorder(Callback):
-    """Keeps the parameters after each update, what plays, and breaks an evaluation if told to."""
+    """Keeps the parameters after each update and what plays, and breaks the run if told to.
 
-    def __init__(self, breaks: bool = False):
+    Args:
+        breaks: hook that raises, once there were 25 updates.
+    """
+
+    def __init__(self, breaks: str = ""):
         self.breaks, self.updates, self.played = breaks, [], []
 
     def on_train_batch_end(self, trainer, agent, *_):
         if len(self.updates) < trainer.global_step:
             self.updates.append(copies(agent.policy))
+        self.break_in("training")
 
     def on_validation_batch_end(self, trainer, agent, *_):
         self.played.append((len(self.updates), copies(agent.policy)))
-        if self.breaks:
-            raise RuntimeError("the evaluation broke")
+        self.break_in("evaluation")
+
+    def break_in(self, place):
+        if self.breaks == place and len(self.updates) >= 25:
+            raise RuntimeError("the run broke")
 
 
 def fit(average: PolicyAverage, recorder: Recorder, **options) -> Muesli:
@@ -101,18 +110,42 @@ def test_batches_whose_gradients_are_summed_up_count_once():
     assert equal(copies(agent.policy), recorder.updates[-1])
 
 
-def test_a_broken_evaluation_leaves_the_trained_policy_in_place():
-    recorder, after = Recorder(breaks=True), []
+@pytest.mark.parametrize("place", ["training", "evaluation"])
+def test_a_run_that_breaks_leaves_the_trained_policy_in_place(place):
+    recorder, after = Recorder(breaks=place), []
 
     class Late(PolicyAverage):  # what a checkpoint that is saved on an exception would hold
         def on_exception(self, trainer, agent, exception):
             super().on_exception(trainer, agent, exception)
             after.append(copies(agent.policy))
 
-    with pytest.raises(RuntimeError, match="the evaluation broke"):
+    with pytest.raises(RuntimeError, match="the run broke"):
         fit(Late(True, 0.8), recorder)
     assert equal(after[0], recorder.updates[-1])
     assert not equal(after[0], recorder.played[-1][1])
+
+
+def test_a_checkpoint_within_an_evaluation_holds_the_trained_policy(tmp_path):
+    class Saver(Recorder):
+        def on_validation_batch_end(self, trainer, agent, *_):
+            super().on_validation_batch_end(trainer, agent)
+            trainer.save_checkpoint(tmp_path / "within.ckpt")
+            assert equal(copies(agent.policy), self.played[-1][1])  # and the average plays on
+
+    average, recorder = PolicyAverage(True, 0.8), Saver()
+    agent = fit(average, recorder)
+    state = load(tmp_path / "within.ckpt")["state_dict"]
+    trained = recorder.updates[-1]
+    assert equal({name: state[f"policy.{name}"] for name in trained}, trained)
+    agent.load_state_dict(state)  # the loss's names of the same parameters as well
+    assert equal(copies(agent.policy), trained)
+
+
+def test_it_does_nothing_unless_it_is_enabled():
+    average, recorder = PolicyAverage(), Recorder()
+    fit(average, recorder)
+    assert average.state_dict() == {"updates": 0, "average": {}}
+    assert equal(recorder.played[-1][1], recorder.updates[-1])
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
@@ -152,6 +185,9 @@ def test_load_policy_gives_the_average_that_was_evaluated(averaged):
     saved = load(averaged.checkpoint())
     policy = muon_rl.load_policy(averaged.checkpoint())
     assert equal(copies(policy), saved["callbacks"]["PolicyAverage"]["average"])
+    trained_policy = muon_rl.load_policy(averaged.checkpoint(), averaged=False)
+    names = copies(trained_policy)
+    assert equal(names, {name: saved["state_dict"][f"policy.{name}"] for name in names})
     env = DMControl("cheetah", "run", action_repeat=2, time_limit=1.0)
     returns = []
     for seed in range(2):
@@ -188,10 +224,33 @@ def test_a_resume_between_two_steps_counts_none_twice(workspace):
     assert saved["callbacks"]["PolicyAverage"]["updates"] == saved["global_step"]
 
 
-def test_a_resume_may_begin_or_leave_out_an_average(trained, workspace):
-    workspace.fit("--data.total_frames=420", f"--ckpt_path={trained.checkpoint()}", *AVERAGED)
-    begun, before = load(workspace.checkpoint()), load(trained.checkpoint())
-    updates = begun["callbacks"]["PolicyAverage"]["updates"]
-    assert updates == begun["global_step"] - before["global_step"] > 0
-    workspace.fit("--data.total_frames=440", "--ckpt_path=last")
-    assert "PolicyAverage" not in load(workspace.checkpoint())["callbacks"]
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ([], ["policy_average.enabled is True", "False in this config", "keeps its average"]),
+        ([AVERAGED[0]], ["policy_average.decay is 0.9", "0.999 in this config"]),
+    ],
+)
+def test_a_resume_with_another_average_is_refused(options, parts, averaged, workspace, capsys):
+    resumed = ("--data.total_frames=440", f"--ckpt_path={averaged.checkpoint()}")
+    with pytest.raises(SystemExit):
+        workspace.fit(*resumed, *options)
+    told = capsys.readouterr().err
+    for part in parts:
+        assert part in told
+
+
+def test_an_average_among_the_trainers_callbacks_takes_its_place(averaged, workspace):
+    added = (
+        "--trainer.callbacks+=muon_rl.callbacks.PolicyAverage",
+        "--trainer.callbacks.enabled=true", "--trainer.callbacks.decay=0.9",
+    )  # fmt: skip
+    workspace.fit("--data.total_frames=400", *added)
+    assert workspace.history("eval/return") == averaged.history("eval/return")
+    main(["validate", *workspace.options, *added, f"--ckpt_path={workspace.checkpoint()}"])
+
+
+def test_it_sees_an_update_before_any_other_callback_may_stop_the_run(workspace):
+    added = "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor"
+    cli = RecipeCLI(with_recipe_paths(["fit", *workspace.options, *AVERAGED, added]))
+    assert isinstance(cli.trainer.callbacks[0], PolicyAverage)

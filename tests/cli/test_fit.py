@@ -208,6 +208,21 @@ def test_runs_that_start_together_share_a_new_store(workspace):
     assert {record.info.status for record in workspace.records} == {"FINISHED"}
 
 
+def test_two_processes_train_one_agent(workspace):
+    # DDP starts the second by this process's own command line.
+    command = [
+        sys.executable, "-m", "muon_rl.cli", "fit", *workspace.options, "--data.total_frames=140",
+        "--data.eval_episodes=1", "--trainer.accelerator=cpu", "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Trained 140 frames.") == 1
+    (record,) = workspace.records
+    assert record.info.status == "FINISHED"
+    assert len(list(workspace.folder.glob("checkpoints/*/*/*/last.ckpt"))) == 1
+
+
 def test_the_bar_counts_frames(workspace, capsys):
     options = [word for word in workspace.options if "progress_bar" not in word]
     main(["fit", *options, "--data.total_frames=200"])
