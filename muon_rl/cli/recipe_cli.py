@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,6 +22,7 @@ from muon_rl.callbacks import (
     FramesProgressBar,
     GracefulStop,
     PolicyAverage,
+    policy_average,
 )
 from muon_rl.cli import ConfigError, names, recipes, record, runs
 from muon_rl.cli.errors import root_of
@@ -114,6 +116,12 @@ class RecipeCLI(LightningCLI):
                 "env is missing: name a recipe, --config=NAME (see muon-rl recipes), or an "
                 "environment, --env=CLASS."
             )
+        for key in ("checkpoint", "effective_rank", "loss_health", "policy_average"):
+            if not isinstance(self.settings[key], Namespace):
+                raise ConfigError(
+                    f"{key} must have keys of its own, but is {self.settings[key]!r}: to switch it "
+                    f"off set {key}.enabled to false."
+                )
         model = self.settings.model
         if model.init_args.get("optimizer") is None:
             # jsonargparse 4.53 puts in what the base class Agent has as a default: none.
@@ -238,6 +246,7 @@ class RecipeCLI(LightningCLI):
     def _validate(self) -> None:
         """Play one evaluation and print its means."""
         frames = self.checkpoint["muon_rl"]["frames"] if self.checkpoint else 0
+        averaged = policy_average.averaged(self.checkpoint or {})
         self.checkpoint = None
         self.trainer.validate(
             self.model,
@@ -247,7 +256,8 @@ class RecipeCLI(LightningCLI):
             weights_only=True,
         )
         print(f"{self.checkpoint_path} after {frames:,} frames,")
-        print(f"mean of {self.datamodule.eval_episodes} episodes on {self.env.task}:")
+        player = ", played by its average over the updates" if averaged else ""
+        print(f"mean of {self.datamodule.eval_episodes} episodes on {self.env.task}{player}:")
         for name, value in sorted(self.trainer.callback_metrics.items()):
             print(f"  {name:<12} {float(value):.1f}")
 

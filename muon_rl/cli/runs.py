@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from muon_rl.cli import ConfigError
+from muon_rl.cli.record import flatten
 
 
 def seed_folder(folder: str, method_name: str, seed: int) -> Path:
@@ -160,34 +161,37 @@ def moving(group: dict[str, Any]) -> set[str]:
 
 
 def check_kept(checkpoint: dict[str, Any], config: str) -> None:
-    """Raise if a config's learning-rate schedule or average is not the resumed run's.
+    """Raise if a config's task, schedule of rates or average is not the resumed run's.
 
     Args:
         checkpoint: as :func:`load_checkpoint` returns it.
         config: the resolved config, as YAML. The checkpoint's schedule would win over its own, and
-            evaluations of two policies would share a curve.
+            one run would have the curve of two.
 
     Raises:
-        ConfigError: if one differs.
+        ConfigError: naming the first key that differs.
     """
-    before, now = (
-        _kept(yaml.safe_load(text)) for text in (checkpoint["muon_rl"]["config"], config)
-    )
+    texts = (checkpoint["muon_rl"]["config"], config)
+    before, now = (_kept(yaml.safe_load(text)) for text in texts)
     for key, value in now.items():
-        if (kept := before[key]) != value:
-            what = "schedule" if key == "model.anneal_lr" else "average"
+        # Saved before there was such a key, a config lacks it.
+        if (kept := before.get(key, value)) != value:
             raise ConfigError(
                 f"{key} is {kept} in the checkpoint and {value} in this config: a resumed run "
-                f"keeps its {what}; begin a fresh one to change it."
+                "keeps it. Set it back, or begin a fresh run to change it."
             )
 
 
 def _kept(config: dict[str, Any]) -> dict[str, Any]:
     """Return what of a config a resumed run keeps, by key."""
-    # Saved before there was an average, a config has none.
+    model = config["model"].get("init_args") or {}
     average = config.get("policy_average") or {"enabled": False}
+    task = flatten(config["env"], "env")
     return {
-        "model.anneal_lr": config["model"].get("init_args", {}).get("anneal_lr", False),
+        # As many games as there are now begin anew.
+        **{key: value for key, value in task.items() if not key.endswith(".num_envs")},
+        **({"model.gamma": model["gamma"]} if "gamma" in model else {}),
+        "model.anneal_lr": model.get("anneal_lr", False),
         "policy_average.enabled": average["enabled"],
-        "policy_average.decay": average["decay"] if average["enabled"] else None,
+        **({"policy_average.decay": average["decay"]} if average["enabled"] else {}),
     }

@@ -24,7 +24,8 @@ class Gym(EnvFactory):
         options: further arguments of ``gymnasium.make``.
 
     Raises:
-        ValueError: if no such environment is registered, or what it depends on is not installed.
+        ValueError: if no such environment is registered; when one is made, if what it depends on
+            is not installed.
 
     Example:
         >>> Gym("Pendulum-v1").make(seed=0).rollout(3)["observation"].shape
@@ -54,7 +55,10 @@ class Gym(EnvFactory):
 
     def build(self) -> EnvBase:
         """Make the environment without counters."""
-        env = gymnasium.make(self.id, **self.options)
+        try:
+            env = gymnasium.make(self.id, **self.options)
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise ValueError(f"{self.id} needs what is not installed: {error}") from error
         space = env.observation_space
         if not self.flatten:
             if not isinstance(space, gymnasium.spaces.Box):

@@ -197,10 +197,11 @@ def test_load_policy_gives_the_average_that_was_evaluated(averaged):
     assert sum(returns) / 2 == pytest.approx(averaged.history("eval/return")[-1][1], rel=1e-5)
 
 
-def test_validate_plays_the_average_whatever_the_config_says(averaged, workspace):
+def test_validate_plays_the_average_whatever_the_config_says(averaged, workspace, capsys):
     arguments = ["validate", *workspace.options, f"--ckpt_path={averaged.checkpoint()}"]
     cli = RecipeCLI(with_recipe_paths(arguments))
     cli.run()
+    assert "episodes on cheetah-run, played by its average" in capsys.readouterr().out
     returned = cli.trainer.callback_metrics["eval/return"].item()
     assert returned == pytest.approx(averaged.history("eval/return")[-1][1], rel=1e-6)
 
@@ -227,7 +228,7 @@ def test_a_resume_between_two_steps_counts_none_twice(workspace):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ([], ["policy_average.enabled is True", "False in this config", "keeps its average"]),
+        ([], ["policy_average.enabled is True", "False in this config", "keeps it. Set it back"]),
         ([AVERAGED[0]], ["policy_average.decay is 0.9", "0.999 in this config"]),
     ],
 )

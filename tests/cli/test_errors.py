@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gymnasium
 import pytest
 import torch
 import yaml
@@ -23,6 +24,14 @@ def message_of(capsys, arguments: list[str]) -> str:
     assert "Traceback" not in text
     assert "NoneType" not in text
     return text
+
+
+def lacking():
+    """Make an environment as Gymnasium does without what it depends on."""
+    raise gymnasium.error.DependencyNotInstalled("lacking is not there: pip install lacking")
+
+
+gymnasium.register("Lacking-v0", lacking)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +62,7 @@ def message_of(capsys, arguments: list[str]) -> str:
         (["--env=DMControll"], ["'DMControll'", "did you mean DMControl?"]),
         (["--env.domain=cheeta"], ["cheeta-run", "did you mean cheetah-run?"]),
         (["--env=Gym", "--env.id=Foo-v3"], ["'Foo-v3'", "doesn't exist"]),
+        (["--env=Gym", "--env.id=Lacking-v0"], ["Lacking-v0 needs", "pip install lacking"]),
         (["--env=Gym", "--env.id=CartPole-v1"], ["bounded vector as action", "Categorical"]),
         (["--data.batch_size=100000"], ["batch_size is 100000", "init_random_frames=10000"]),
         (["--data.total_frames=-1"], ["data.total_frames must be at least 1", "-1"]),
@@ -114,6 +124,8 @@ def test_a_mistake_on_the_command_line(options, parts, capsys, workspace):
         ("domain:", "domian:", ["'env.domian'", "did you mean domain?"]),
         ("1_000_000", "many", ["data.total_frames must be int", "'many'"]),
         ("env:", "envv:", ["envv", "did you mean env?"]),
+        ("env:", "loss_health: false\nenv:", ["loss_health must have", "loss_health.enabled"]),
+        ("env:", "policy_average: 0.9\nenv:", ["policy_average must have", "but is 0.9"]),
     ],
 )
 def test_a_mistake_in_a_file(old, new, parts, capsys, workspace):

@@ -132,7 +132,7 @@ def test_a_finished_run_with_more_frames_follows_the_new_horizon(workspace):
         ]
 
 
-def test_a_resume_with_another_schedule_or_rate_is_refused(workspace, capsys):
+def test_a_resume_with_another_schedule_rate_or_task_is_refused(workspace, capsys):
     options = [*workspace.options, "--model.anneal_lr=true"]
     main(["fit", *options, "--data.total_frames=120", "--data.eval_episodes=1"])
     more = ["--data.total_frames=140", "--ckpt_path=last"]
@@ -140,6 +140,10 @@ def test_a_resume_with_another_schedule_or_rate_is_refused(workspace, capsys):
     assert "lr of actor/muon is 0.02 in the checkpoint and 0.01 in this config" in text
     text = message_of(capsys, *options, "--model.anneal_lr=false", *more)
     assert "model.anneal_lr is True in the checkpoint and False in this config" in text
+    text = message_of(capsys, *options, "--env.action_repeat=1", *more)
+    assert "env.action_repeat is 2 in the checkpoint and 1 in this config" in text
+    text = message_of(capsys, *options, "--model.gamma=0.9", *more)
+    assert "model.gamma is 0.99 in the checkpoint and 0.9 in this config" in text
     (record,) = workspace.records
     assert record.info.status == "FINISHED"
 
