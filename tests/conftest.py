@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow import MlflowClient
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+import muon_rl
 from muon_rl.cli import main
+from muon_rl.envs import DMControl
 
 # Small enough for seconds, real in all else.
 SMALL = [
@@ -52,6 +55,14 @@ class Run:
         (record,) = self.records
         points = self.client.get_metric_history(record.info.run_id, metric)
         return [(point.step, point.value) for point in points]
+
+    def played(self) -> float:
+        """Return the mean of an evaluation's two episodes, played by the last policy in a loop."""
+        policy = muon_rl.load_policy(self.checkpoint())
+        env = DMControl("cheetah", "run", action_repeat=2, time_limit=1.0)
+        with set_exploration_type(ExplorationType.DETERMINISTIC), torch.no_grad():
+            rollouts = [env.make(seed=seed).rollout(1000, policy) for seed in range(2)]
+        return sum(rollout["next", "reward"].sum().item() for rollout in rollouts) / 2
 
     def checkpoint(self, name: str = "last") -> Path:
         """Return the checkpoint of the newest run."""
