@@ -119,7 +119,7 @@ def averaged(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     Args:
         checkpoint: as Lightning saves it.
     """
-    saved = checkpoint.get("callbacks", {}).get(PolicyAverage().state_key, {})
+    saved = checkpoint.get("callbacks", {}).get(PolicyAverage.__qualname__, {})
     return saved.get("average", {})
 
 
