@@ -1,4 +1,4 @@
-"""Newton-Schulz orthogonalization of matrices and batches of matrices: pure functions."""
+"""Orthogonalization of matrices and batches of matrices: in which dtype, form and chunks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from muon_rl.optim.coefficients import Triple, resolve_coefficients
+from muon_rl.optim.newton_schulz import iterate, iterate_gram
 
 # On CPU, below this smaller side, fp32 is as quick as bf16 (measured), and finer; and at it, where
 # the Gram form is cheaper.
@@ -63,76 +64,6 @@ def arithmetic(device_type: str, rows: int, columns: int) -> torch.dtype:
 def _is_skinny(small: int, large: int) -> bool:
     """Tell whether the iteration on the Gram matrix takes fewer operations."""
     return 2 * large > 3 * small
-
-
-def _iterate(x: Tensor, result: Tensor, triples: tuple[Triple, ...]) -> None:
-    """Run the iteration ``X <- a X + (b X X^T + c (X X^T)^2) X`` on ``(m, n)`` or ``(N, m, n)``.
-
-    The Gram matrix is of the smaller side: a tall ``x`` is multiplied from the right. The steps go
-    to and fro between ``x`` and ``result``, so after an odd number of them it lies in ``result``.
-    """
-    product, fused = (torch.mm, torch.addmm) if x.ndim == 2 else (torch.bmm, torch.baddbmm)
-    is_tall = x.shape[-2] > x.shape[-1]
-    is_square = x.shape[-2] == x.shape[-1]
-    side = min(x.shape[-2:])
-    polynomial = x.new_empty(*x.shape[:-2], side, side)
-    space = None if is_square else torch.empty_like(polynomial)
-    for a, b, c in triples:
-        # A square result may lie where its Gram matrix was: less memory, more of it in the cache.
-        gram = polynomial if c == 0.0 else result if space is None else space
-        product(*((x.mT, x) if is_tall else (x, x.mT)), out=gram)
-        alpha = b
-        if c != 0.0:
-            # Not where c = 0: on CPU, bf16 baddbmm with alpha=0 ignores beta.
-            fused(gram, gram, gram, beta=b, alpha=c, out=polynomial)
-            alpha = 1.0
-        step = (x, polynomial) if is_tall else (polynomial, x)
-        fused(x, *step, beta=a, alpha=alpha, out=result)
-        x, result = result, x
-
-
-def _iterate_gram(
-    stacks: Sequence[Tensor], results: Sequence[Tensor], triples: tuple[Triple, ...]
-) -> None:
-    """Run the same iteration on Gram matrices, and multiply each ``x`` by the product of its steps.
-
-    With ``G = X X^T``, a step multiplies ``X`` by ``S = a I + b G + c G^2`` and turns ``G`` into
-    ``S G S``: products of ``(m, m)`` alone, cheaper for ``m`` well below ``n``. In fp32 it equals
-    the plain form to rounding, up to some steps; in bf16 it overflows. A tall ``x`` is multiplied
-    from the right. Stacks of different shapes are one batch of Gram matrices, padded with zeros,
-    which stay zero.
-    """
-    counts = [len(x) for x in stacks]
-    tall = [x.shape[-2] > x.shape[-1] for x in stacks]
-    grams = [
-        torch.bmm(x.mT, x) if is_tall else torch.bmm(x, x.mT)
-        for x, is_tall in zip(stacks, tall, strict=True)
-    ]
-    gram = grams[0]
-    if len(stacks) > 1:
-        side = max(g.shape[-1] for g in grams)
-        gram = gram.new_zeros(sum(counts), side, side)
-        for part, g in zip(gram.split_with_sizes(counts), grams, strict=True):
-            part[:, : g.shape[-1], : g.shape[-1]] = g
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    product = identity
-    for number, (a, b, c) in enumerate(triples, start=1):
-        # The step is S = a I + rest.
-        rest = b * gram if c == 0.0 else torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        if number == 1:
-            product = torch.add(rest, identity, alpha=a)
-        else:
-            product = torch.baddbmm(product, rest, product, beta=a)
-        if number < len(triples):
-            half = torch.baddbmm(gram, rest, gram, beta=a)
-            gram = torch.baddbmm(half, half, rest, beta=a)
-    parts = product.split_with_sizes(counts) if len(stacks) > 1 else (product,)
-    for x, result, is_tall, part in zip(stacks, results, tall, parts, strict=True):
-        side = min(x.shape[-2:])
-        if side < part.shape[-1]:
-            part = part[:, :side, :side]
-        # Transposed, since from the right the first step comes first.
-        torch.bmm(*((x, part.mT) if is_tall else (part, x)), out=result)
 
 
 def _normalize(x: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
@@ -203,7 +134,7 @@ def _polar_(x: Tensor, triples: tuple[Triple, ...], eps: float) -> None:
     """Orthogonalize a stack ``(N, rows, columns)`` in its memory."""
     rows, columns = x.shape[-2:]
     if _prefers_gram(rows, columns, x.dtype, triples):
-        _iterate_gram([_normalize(x, eps)], [x], triples)
+        iterate_gram([_normalize(x, eps)], [x], triples)
         return
     # A compiler pays for each write into a part of a stack with a copy of all of it.
     end = torch.empty_like(x) if torch.compiler.is_compiling() else x
@@ -214,7 +145,7 @@ def _polar_(x: Tensor, triples: tuple[Triple, ...], eps: float) -> None:
     if len(x) == 1:
         # One matrix goes 2-D: quicker, and the kernels, hence the bits, of torch.optim.Muon.
         first, second = first[0], second[0]
-    _iterate(first, second, triples)
+    iterate(first, second, triples)
     if end is not x:
         x.copy_(end)
 
@@ -250,7 +181,7 @@ def orthogonalize_(stacks: Sequence[Tensor], triples: tuple[Triple, ...], eps: f
         else:
             _polar_in_chunks_(x, triples, eps)
     for alike in skinny.values():
-        _iterate_gram([_normalize(x, eps) for x in alike], alike, triples)
+        iterate_gram([_normalize(x, eps) for x in alike], alike, triples)
 
 
 @torch.no_grad()

@@ -8,12 +8,14 @@ import torch
 from driving import assert_same_bits, assert_same_products, clones, gaussian, parameters
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from muon_rl.optim import Muon, orthogonalize
 
 BF16 = torch.bfloat16
 aten = torch.ops.aten
 iteration = importlib.import_module("muon_rl.optim.orthogonalize")
+newton_schulz = importlib.import_module("muon_rl.optim.newton_schulz")
 
 
 def drive(optimizers, params, *, start=0, steps=4):
@@ -102,6 +104,68 @@ def test_a_run_continued_on_another_working_set_keeps_every_bit(monkeypatch):
     again.load_state_dict(torch.load(file, weights_only=True))
     drive([again], resumed, start=2, steps=2)
     assert_same_bits(resumed, params)
+
+
+# ------------------------------------------------------------ symmetric products by strips
+
+
+def flop_of(x, **options):
+    """Count the operations of matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(x, **options)
+    return counter.get_total_flops()
+
+
+@pytest.fixture
+def strips_of_64(monkeypatch):
+    monkeypatch.setattr(newton_schulz, "_STRIP", 64)
+    monkeypatch.setattr(newton_schulz, "_LARGE", 128)
+
+
+@pytest.mark.parametrize("coefficients", ["quintic", "cubic"])
+@pytest.mark.parametrize("shape", [(192, 192), (200, 200), (160, 230), (230, 160)], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_symmetric_products_by_strips_equal_whole_ones(
+    strips_of_64, monkeypatch, shape, coefficients, dtype
+):
+    x = gaussian(*shape)
+    options = {"coefficients": coefficients, "dtype": dtype}
+    by_strips, flop = orthogonalize(x, **options), flop_of(x, **options)
+    monkeypatch.setattr(newton_schulz, "_LARGE", 10**9)
+    whole = orthogonalize(x, **options)
+    assert flop < flop_of(x, **options)
+    if dtype == BF16:
+        assert_same_products([by_strips], [whole])
+    else:
+        torch.testing.assert_close(by_strips, whole, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("strips", "share"), [(2, 3 / 4), (3, 2 / 3), (4, 5 / 8)])
+def test_strips_halve_the_symmetric_products_the_more_there_are(strips_of_64, strips, share):
+    side = 64 * strips
+    product = 2 * side**3
+    # A step of the quintic has two symmetric products and one that is none.
+    assert flop_of(gaussian(side, side), dtype=BF16) == pytest.approx(5 * product * (2 * share + 1))
+
+
+def test_a_stack_of_more_than_one_matrix_at_a_time_is_not_cut_into_strips(strips_of_64):
+    x = gaussian(3, 128, 128)
+    assert flop_of(x, dtype=BF16) == 3 * 15 * 2 * 128**3
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (600, 450), (450, 600), (2, 512, 448)], ids=str)
+def test_large_matrices_equal_torch_muon_in_every_bit(shape):
+    [ours] = parameters(shape)
+    theirs = [nn.Parameter(matrix.clone()) for matrix in ours.detach().reshape(-1, *shape[-2:])]
+    optimizer = Muon([{"params": [ours], "batch_dims": ours.ndim - 2}], lr=0.02, dtype=BF16)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.0)
+    for step in range(2):
+        ours.grad = gaussian(*shape, seed=step)
+        for p, gradient in zip(theirs, ours.grad.reshape(-1, *shape[-2:]), strict=True):
+            p.grad = gradient.clone()
+        optimizer.step()
+        reference.step()
+    assert_same_products(list(ours.detach().reshape(-1, *shape[-2:])), theirs)
 
 
 # -------------------------------------------------------------- one stack for several groups

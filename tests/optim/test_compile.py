@@ -264,6 +264,18 @@ def test_decay_after_a_delayed_beta1_does_not_compile_anew_at_each_step():
     assert counter.graphs <= 2
 
 
+def test_a_matrix_that_eager_multiplies_by_strips_is_compiled():
+    runs = []
+    for is_compiled in (False, True):
+        param = nn.Parameter(gaussian(448, 448))
+        optimizer = Muon([param])
+        if is_compiled:
+            optimizer.compile(backend="aot_eager", fullgraph=True)
+        run(optimizer.step, [param], steps=2)
+        runs.append(param.detach())
+    torch.testing.assert_close(*runs, rtol=0, atol=5e-3)
+
+
 def test_two_momenta_on_one_stack_equal_eager():
     runs = []
     for compile_it in (True, False):
