@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path} cannot be read as a checkpoint: {first_line}") from error
+        # torch's own words advise to convert the file, or to trust it.
+        reason = (
+            "it holds more than tensors, numbers and text"
+            if isinstance(error, pickle.UnpicklingError)
+            else "torch.save did not write it, or part of it is missing"
+        )
+        raise ConfigError(f"{path} cannot be read as a checkpoint: {reason}.") from error
     if "muon_rl" not in checkpoint:
         raise ConfigError(f"{path} was not saved by muon-rl fit: it holds no recipe.")
     return checkpoint
