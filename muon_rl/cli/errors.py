@@ -38,6 +38,7 @@ _NO_CLASS = re.compile(
     r"^(?:Expected a dot import path string|Unexpected import path format): (?P<name>\S+)"
 )
 _REQUIRED = re.compile(r"^the following arguments are required: (?P<keys>.+)")
+_NO_FILE = re.compile(r"Unable to load config ['\"](?P<came>.*?)['\"]")
 _ATTEMPTS = re.compile(
     r"Errors:\n(?P<errors>.*?)\n\s*Given value type:.*?Given value: (?P<came>.*)", re.S
 )
@@ -59,6 +60,11 @@ def explain(message: str, keys: Collection[str] = ()) -> str:
         return "env, data or model is missing: name a recipe, --config=NAME (see muon-rl recipes)."
     keyed = _KEY.match(message.strip())
     key, rest = (keyed["key"], keyed["rest"]) if keyed else ("", message.strip())
+    if no_file := _NO_FILE.match(rest):
+        return (
+            f"{key} has keys of its own, --{key}.KEY=VALUE, or takes a file of them; there is no "
+            f"file {no_file['came']!r}."
+        )
     came = None
     if attempts := _ATTEMPTS.search(rest):
         came = attempts["came"].strip()
@@ -149,14 +155,18 @@ def _explain_class(key: str, name: str) -> str:
         close = difflib.get_close_matches(name, schedulers, n=1)
         hint = f"did you mean {close[0]}?" if close else f"torch has {', '.join(schedulers)}."
         return f"There is no class {name!r} for {key}: true, false or a scheduler; {hint}"
-    known = [
-        cls.__name__ for base in (EnvFactory, AgentData, Agent) for cls in concrete_subclasses(base)
-    ]
-    known += [name for name in modules.__all__ if name not in known]
+    kinds = {"env": EnvFactory, "data": AgentData, "model": Agent}
+    named = {
+        key: [cls.__name__ for cls in concrete_subclasses(base)] for key, base in kinds.items()
+    }
+    known = [word for words in named.values() for word in words]
+    known += [word for word in modules.__all__ if word not in known]
     if name in known:
         return f"{key} cannot be {name}: it is not of the kind that is needed there."
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"muon_rl has {', '.join(known)};"
+    hint = (
+        f"did you mean {close[0]}?" if close else f"muon_rl has {', '.join(named.get(key, known))}."
+    )
     return f"There is no class {name!r} for {key}: {hint} Others need their path: package.Class."
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,7 +23,7 @@ from muon_rl.callbacks import (
     PolicyAverage,
     policy_average,
 )
-from muon_rl.cli import ConfigError, names, recipes, record, runs
+from muon_rl.cli import ConfigError, checks, names, recipes, record, runs
 from muon_rl.cli.errors import root_of
 from muon_rl.cli.parser import RecipeParser
 from muon_rl.data import AgentData
@@ -111,17 +110,7 @@ class RecipeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what needs no parts."""
-        if self.settings.get("env") is None:
-            raise ConfigError(
-                "env is missing: name a recipe, --config=NAME (see muon-rl recipes), or an "
-                "environment, --env=CLASS."
-            )
-        for key in ("checkpoint", "effective_rank", "loss_health", "policy_average"):
-            if not isinstance(self.settings[key], Namespace):
-                raise ConfigError(
-                    f"{key} must have keys of its own, but is {self.settings[key]!r}: to switch it "
-                    f"off set {key}.enabled to false."
-                )
+        checks.check(self.settings)
         model = self.settings.model
         if model.init_args.get("optimizer") is None:
             # jsonargparse 4.53 puts in what the base class Agent has as a default: none.

@@ -87,8 +87,11 @@ def test_load_policy_refuses_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         muon_rl.load_policy(tmp_path / "none.ckpt")
     (tmp_path / "broken.ckpt").write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+    with pytest.raises(ValueError, match=r"as a checkpoint: torch\.save did not"):
         muon_rl.load_policy(tmp_path / "broken.ckpt")
+    torch.save({"muon_rl": tmp_path}, tmp_path / "object.ckpt")
+    with pytest.raises(ValueError, match="it holds more than tensors, numbers and text"):
+        muon_rl.load_policy(tmp_path / "object.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="not saved by muon-rl fit"):
         muon_rl.load_policy(tmp_path / "other.ckpt")
