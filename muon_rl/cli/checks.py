@@ -41,7 +41,7 @@ def _check_precision(precision: str) -> None:
     if is_true or precision == "64":
         raise ConfigError(
             f"trainer.precision must be 32-true, bf16-mixed or 16-mixed, but is {precision!r}: "
-            "environments and buffers hand float32 to the networks."
+            "environments and buffers hold float32, and training or evaluation fails on another."
         )
 
 

@@ -78,6 +78,8 @@ def explain(message: str, keys: Collection[str] = ()) -> str:
         # A nested parser has explained it already; this one knows where it stands.
         if error.startswith("There is no key '"):
             return error.replace("'", f"'{key}.", 1) if key else error
+        if key and (section := re.match(r"(\S+) has keys of its own", error)):
+            return error.replace(section[1], f"{key}.{section[1]}")
         if error.startswith("There is no class '"):
             return error
         if re.match(r"[\w.]+ must be ", error):

@@ -90,12 +90,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         # torch's own words advise to convert the file, or to trust it.
         reason = (
-            "it holds more than tensors, numbers and text"
+            "it is damaged, or holds more than tensors, numbers and text"
             if isinstance(error, pickle.UnpicklingError)
-            else "torch.save did not write it, or part of it is missing"
+            else "torch.save did not write it as it does now, or part of it is missing"
         )
         raise ConfigError(f"{path} cannot be read as a checkpoint: {reason}.") from error
-    if "muon_rl" not in checkpoint:
+    keys = set(checkpoint) if isinstance(checkpoint, dict) else set()
+    if not {"muon_rl", "state_dict"} <= keys:
         raise ConfigError(f"{path} was not saved by muon-rl fit: it holds no recipe.")
     return checkpoint
 

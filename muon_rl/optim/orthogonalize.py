@@ -143,7 +143,7 @@ def _polar_(x: Tensor, triples: tuple[Triple, ...], eps: float) -> None:
     first, second = (other, end) if len(triples) % 2 else (end, other)
     _normalize(x, eps, out=first)
     if len(x) == 1:
-        # One matrix goes 2-D: quicker, and the kernels, hence the bits, of torch.optim.Muon.
+        # One matrix goes 2-D: quicker, and the kernels of torch.optim.Muon.
         first, second = first[0], second[0]
     iterate(first, second, triples)
     if end is not x:

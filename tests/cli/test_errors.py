@@ -102,6 +102,10 @@ gymnasium.register("Lacking-v0", lacking)
             ["total_steps=9", "run makes 495000 updates"],
         ),
         (["--policy_average=0.1"], ["policy_average has keys", "--policy_average.KEY", "'0.1'"]),
+        (
+            ["--model.optimizer.critic=adamw"],
+            ["model.optimizer.critic has keys", "--model.optimizer.critic.KEY", "'adamw'"],
+        ),
         (["--env=nothing"], ["'nothing' for env: muon_rl has Arena, DMControl", "Snake. Others"]),
         (["--trainer.precision=64-true"], ["trainer.precision must be 32-true", "'64-true'"]),
         (["--trainer.precision=64"], ["trainer.precision must be 32-true", "'64'"]),

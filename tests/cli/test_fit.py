@@ -90,11 +90,12 @@ def test_load_policy_refuses_what_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"as a checkpoint: torch\.save did not"):
         muon_rl.load_policy(tmp_path / "broken.ckpt")
     torch.save({"muon_rl": tmp_path}, tmp_path / "object.ckpt")
-    with pytest.raises(ValueError, match="it holds more than tensors, numbers and text"):
+    with pytest.raises(ValueError, match="holds more than tensors, numbers and text"):
         muon_rl.load_policy(tmp_path / "object.ckpt")
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="not saved by muon-rl fit"):
-        muon_rl.load_policy(tmp_path / "other.ckpt")
+    for other in ({"state_dict": {}}, {"muon_rl": None}, torch.zeros(3), 5, "muon_rl state_dict"):
+        torch.save(other, tmp_path / "other.ckpt")
+        with pytest.raises(ValueError, match="not saved by muon-rl fit"):
+            muon_rl.load_policy(tmp_path / "other.ckpt")
 
 
 def test_validate_repeats_the_last_evaluation(trained, workspace, capsys):
